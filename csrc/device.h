@@ -1,0 +1,17 @@
+// What CUDA sees of this machine. Safe to call without a driver: it never throws.
+#pragma once
+
+namespace ic {
+
+struct DeviceInfo {
+  int driver;   // CUDA version the driver serves, 13000 for 13.0; 0: no driver
+  int runtime;  // CUDA version this module was built with
+  int devices;  // -1: the runtime cannot start (no driver, or one too old)
+  const char* message;
+};
+DeviceInfo device_info();
+
+// Fills name (256 bytes) and compute capability; false where there is no such device.
+bool device_name(int device, char* name, int* major, int* minor);
+
+}  // namespace ic

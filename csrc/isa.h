@@ -1,0 +1,47 @@
+// Run-time choice of the instruction set. Every <op>_cpu.cpp is compiled once per level into the namespace
+// ic::<level>; IC_CPU_KERNEL declares them all and the function that picks one.
+//
+// Per-level files hold no inline code of the standard library: the linker would keep one copy of such a
+// function for all levels, perhaps the one that this machine cannot run.
+#pragma once
+
+namespace ic {
+
+#if defined(__x86_64__)
+#define IC_ISA_LEVELS(X) X(x86_64) X(x86_64_v3) X(x86_64_v4)
+#else
+#define IC_ISA_LEVELS(X) X(native_isa)
+#endif
+
+// In increasing order, so that a level implies those before it.
+enum class Isa : int {
+#define IC_LEVEL(level) level,
+  IC_ISA_LEVELS(IC_LEVEL)
+#undef IC_LEVEL
+};
+
+Isa best_isa();             // what this machine runs
+Isa current_isa();          // what the kernels use: best_isa() unless set
+void set_isa(Isa);          // for tests; throws where the machine lacks it
+const char* isa_name(Isa);  // "x86_64_v4"
+
+}  // namespace ic
+
+// Declares `void name(const Args&)` at every level, and ic::name, which calls the current one.
+#if defined(__x86_64__)
+#define IC_CPU_KERNEL(name, Args)                               \
+  namespace x86_64 { void name(const Args&); }                  \
+  namespace x86_64_v3 { void name(const Args&); }               \
+  namespace x86_64_v4 { void name(const Args&); }               \
+  inline void name(const Args& args) {                          \
+    switch (current_isa()) {                                    \
+      case Isa::x86_64: return x86_64::name(args);              \
+      case Isa::x86_64_v3: return x86_64_v3::name(args);        \
+      case Isa::x86_64_v4: return x86_64_v4::name(args);        \
+    }                                                           \
+  }
+#else
+#define IC_CPU_KERNEL(name, Args)                    \
+  namespace native_isa { void name(const Args&); }   \
+  inline void name(const Args& args) { native_isa::name(args); }
+#endif

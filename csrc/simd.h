@@ -1,0 +1,312 @@
+// The CPU kernels' vocabulary: a vector of 16 floats, loads and stores of every element type, exp and log.
+//
+// A vector has 16 lanes on every instruction set (one, two or four registers), every reduction is one fixed
+// tree and fused multiply-adds are explicit. So a kernel's bits are the same on all levels with an FMA.
+// Included by per-ISA files only: everything here is inlined into namespace ic::<level>.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "dtype.h"
+
+#define IC_INLINE inline __attribute__((always_inline))
+
+namespace ic::IC_ISA {
+
+inline constexpr int kLanes = 16;
+
+#if defined(__AVX512F__)
+inline constexpr int kNativeLanes = 16;
+#elif defined(__AVX2__)
+inline constexpr int kNativeLanes = 8;
+#else
+inline constexpr int kNativeLanes = 4;
+#endif
+inline constexpr int kParts = kLanes / kNativeLanes;
+
+using NativeFloat = float __attribute__((vector_size(4 * kNativeLanes)));
+using NativeInt = int32_t __attribute__((vector_size(4 * kNativeLanes)));
+
+struct VecInt {
+  NativeInt part[kParts];
+};
+
+struct Vec {
+  NativeFloat part[kParts];
+};
+
+// A lane is all ones (true) or zero.
+using Mask = VecInt;
+
+#define IC_EACH_PART for (int p = 0; p < kParts; ++p)
+#define IC_BINARY(Type, Result, op)                       \
+  IC_INLINE Result operator op(Type a, Type b) {          \
+    Result r;                                             \
+    IC_EACH_PART r.part[p] = a.part[p] op b.part[p];      \
+    return r;                                             \
+  }
+IC_BINARY(Vec, Vec, +)
+IC_BINARY(Vec, Vec, -)
+IC_BINARY(Vec, Vec, *)
+IC_BINARY(Vec, Vec, /)
+IC_BINARY(Vec, Mask, <)
+IC_BINARY(Vec, Mask, >)
+IC_BINARY(Vec, Mask, <=)
+IC_BINARY(Vec, Mask, >=)
+IC_BINARY(Vec, Mask, ==)
+IC_BINARY(VecInt, VecInt, +)
+IC_BINARY(VecInt, VecInt, -)
+IC_BINARY(VecInt, VecInt, *)
+IC_BINARY(VecInt, VecInt, &)
+IC_BINARY(VecInt, VecInt, |)
+IC_BINARY(VecInt, VecInt, ^)
+IC_BINARY(VecInt, Mask, <)
+IC_BINARY(VecInt, Mask, ==)
+#undef IC_BINARY
+
+IC_INLINE Vec broadcast(float x) {
+  Vec r;
+  IC_EACH_PART r.part[p] = NativeFloat{} + x;
+  return r;
+}
+
+IC_INLINE VecInt broadcast_int(int32_t x) {
+  VecInt r;
+  IC_EACH_PART r.part[p] = NativeInt{} + x;
+  return r;
+}
+
+IC_INLINE VecInt iota() {  // 0, 1, .. 15
+  VecInt r;
+  IC_EACH_PART for (int i = 0; i < kNativeLanes; ++i) r.part[p][i] = p * kNativeLanes + i;
+  return r;
+}
+
+IC_INLINE Vec select(Mask m, Vec a, Vec b) {
+  Vec r;
+  IC_EACH_PART r.part[p] = m.part[p] ? a.part[p] : b.part[p];
+  return r;
+}
+
+IC_INLINE VecInt select(Mask m, VecInt a, VecInt b) {
+  VecInt r;
+  IC_EACH_PART r.part[p] = m.part[p] ? a.part[p] : b.part[p];
+  return r;
+}
+
+// Where a lane is NaN, the result is b's.
+IC_INLINE Vec max(Vec a, Vec b) { return select(a > b, a, b); }
+IC_INLINE Vec min(Vec a, Vec b) { return select(a < b, a, b); }
+
+// a * b + c, rounded once (twice where the machine has no fused multiply-add).
+IC_INLINE Vec fma(Vec a, Vec b, Vec c) {
+  Vec r;
+#if defined(__AVX512F__)
+  r.part[0] = (NativeFloat)_mm512_fmadd_ps((__m512)a.part[0], (__m512)b.part[0], (__m512)c.part[0]);
+#elif defined(__FMA__)
+  IC_EACH_PART r.part[p] =
+      (NativeFloat)_mm256_fmadd_ps((__m256)a.part[p], (__m256)b.part[p], (__m256)c.part[p]);
+#elif defined(__aarch64__)
+  IC_EACH_PART for (int i = 0; i < kNativeLanes; ++i) r.part[p][i] =
+      __builtin_fmaf(a.part[p][i], b.part[p][i], c.part[p][i]);
+#else
+  IC_EACH_PART r.part[p] = a.part[p] * b.part[p] + c.part[p];
+#endif
+  return r;
+}
+
+IC_INLINE VecInt bits(Vec a) {
+  VecInt r;
+  IC_EACH_PART r.part[p] = (NativeInt)a.part[p];
+  return r;
+}
+
+IC_INLINE Vec from_bits(VecInt a) {
+  Vec r;
+  IC_EACH_PART r.part[p] = (NativeFloat)a.part[p];
+  return r;
+}
+
+IC_INLINE VecInt shift_left(VecInt a, int n) {
+  IC_EACH_PART a.part[p] <<= n;
+  return a;
+}
+
+IC_INLINE VecInt shift_right(VecInt a, int n) {  // arithmetic
+  IC_EACH_PART a.part[p] >>= n;
+  return a;
+}
+
+IC_INLINE Vec to_float(VecInt a) {
+  Vec r;
+  IC_EACH_PART r.part[p] = __builtin_convertvector(a.part[p], NativeFloat);
+  return r;
+}
+
+// The tree is the same on every level: lane i meets i + 8, then i + 4, i + 2, i + 1.
+template <class Combine>
+IC_INLINE float reduce(Vec a, Combine combine) {
+  float lane[kLanes];
+  __builtin_memcpy(lane, &a, sizeof lane);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] = combine(lane[i], lane[i + width]);
+  return lane[0];
+}
+
+IC_INLINE float reduce_add(Vec a) {
+  return reduce(a, [](float x, float y) __attribute__((always_inline)) { return x + y; });
+}
+IC_INLINE float reduce_max(Vec a) {
+  return reduce(a, [](float x, float y) __attribute__((always_inline)) { return x > y ? x : y; });
+}
+IC_INLINE float reduce_min(Vec a) {
+  return reduce(a, [](float x, float y) __attribute__((always_inline)) { return x < y ? x : y; });
+}
+
+// ---- memory: n lanes (0..16) of an element type as floats and back, rounded to nearest even ----
+
+IC_INLINE Vec load(const float* from) {
+  Vec r;
+  __builtin_memcpy(&r, from, sizeof r);
+  return r;
+}
+
+IC_INLINE void store(float* to, Vec a) { __builtin_memcpy(to, &a, sizeof a); }
+
+IC_INLINE Vec load(const BFloat16* from) {
+#if defined(__AVX512F__)
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  Vec r;
+  r.part[0] = (NativeFloat)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+  return r;
+#else
+  float lane[kLanes];
+  for (int i = 0; i < kLanes; ++i) lane[i] = to_float(from[i]);
+  return load(lane);
+#endif
+}
+
+IC_INLINE void store(BFloat16* to, Vec a) {
+#if defined(__AVX512F__)
+  const __m512i x = (__m512i)a.part[0];
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(x, odd), _mm512_set1_epi32(0x7fff));
+  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q);
+  const __m512i kept = _mm512_mask_or_epi32(rounded, nan, x, _mm512_set1_epi32(0x400000));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+#else
+  float lane[kLanes];
+  store(lane, a);
+  for (int i = 0; i < kLanes; ++i) to[i] = to_bfloat16(lane[i]);
+#endif
+}
+
+IC_INLINE Vec load(const Float16* from) {
+#if defined(__AVX512F__)
+  Vec r;
+  r.part[0] = (NativeFloat)_mm512_cvtph_ps(
+      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return r;
+#elif defined(__F16C__)
+  Vec r;
+  IC_EACH_PART r.part[p] = (NativeFloat)_mm256_cvtph_ps(
+      _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + p * kNativeLanes)));
+  return r;
+#else
+  float lane[kLanes];
+  for (int i = 0; i < kLanes; ++i) lane[i] = to_float(from[i]);
+  return load(lane);
+#endif
+}
+
+IC_INLINE void store(Float16* to, Vec a) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm512_cvtps_ph((__m512)a.part[0], _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  IC_EACH_PART _mm_storeu_si128(reinterpret_cast<__m128i*>(to + p * kNativeLanes),
+                                _mm256_cvtps_ph((__m256)a.part[p], _MM_FROUND_TO_NEAREST_INT));
+#else
+  float lane[kLanes];
+  store(lane, a);
+  for (int i = 0; i < kLanes; ++i) to[i] = to_float16(lane[i]);
+#endif
+}
+
+// The first n lanes from memory, the others `fill`; nothing past the n-th element is touched.
+template <class T>
+IC_INLINE Vec load_partial(const T* from, int n, float fill) {
+  float lane[kLanes];
+  for (int i = 0; i < kLanes; ++i) lane[i] = i < n ? to_float(from[i]) : fill;
+  return load(lane);
+}
+template <class T>
+IC_INLINE void store_partial(T* to, Vec a, int n) {
+  T lane[kLanes];
+  store(lane, a);
+  for (int i = 0; i < n; ++i) to[i] = lane[i];
+}
+#if defined(__AVX512F__)
+IC_INLINE Vec load_partial(const float* from, int n, float fill) {
+  Vec r;
+  r.part[0] = (NativeFloat)_mm512_mask_loadu_ps(_mm512_set1_ps(fill),
+                                                static_cast<__mmask16>((1u << n) - 1), from);
+  return r;
+}
+IC_INLINE void store_partial(float* to, Vec a, int n) {
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << n) - 1), (__m512)a.part[0]);
+}
+#endif
+
+// ---- functions: at most 2 ulp on normal results ----
+
+// e^x; 0 below -104, inf above 89, NaN stays. Cody and Waite's reduction, a polynomial of degree 6 fitted
+// for the least relative error (3e-9) on |r| <= ln(2)/2, and the power of two in two exact steps.
+IC_INLINE Vec exp(Vec x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  x = select(x < broadcast(-104.0f), broadcast(-104.0f), x);
+  x = select(x > broadcast(89.0f), broadcast(89.0f), x);
+  const Vec shifted = fma(x, broadcast(0x1.715476p+0f), broadcast(kRound));
+  const Vec n = shifted - broadcast(kRound);
+  Vec r = fma(n, broadcast(-0x1.62e400p-1f), x);
+  r = fma(n, broadcast(-0x1.7f7d1cp-20f), r);
+  Vec q = broadcast(0x1.6a23cep-10f);
+  q = fma(q, r, broadcast(0x1.123a20p-7f));
+  q = fma(q, r, broadcast(0x1.5558f2p-5f));
+  q = fma(q, r, broadcast(0x1.555492p-3f));
+  q = fma(q, r, broadcast(0x1.fffffcp-2f));
+  const Vec value = fma(r * r, q, r) + broadcast(1.0f);
+  const VecInt exponent = bits(shifted) - broadcast_int(0x4b400000);
+  const VecInt half = shift_right(exponent, 1);
+  const VecInt bias = broadcast_int(127);
+  return value * from_bits(shift_left(half + bias, 23)) *
+         from_bits(shift_left(exponent - half + bias, 23));
+}
+
+// ln x for normal x > 0 (0 and denormals give about -88). With m in [sqrt(1/2), sqrt(2)) and
+// s = (m - 1) / (m + 1): ln m = 2 atanh(s), its series to s^9.
+IC_INLINE Vec log(Vec x) {
+  const VecInt offset = bits(x) - broadcast_int(0x3f3504f3);  // sqrt(1/2)
+  const VecInt exponent = shift_right(offset, 23);
+  const Vec m = from_bits((offset & broadcast_int(0x007fffff)) + broadcast_int(0x3f3504f3));
+  const Vec f = m - broadcast(1.0f);
+  const Vec s = f / (m + broadcast(1.0f));
+  const Vec z = s * s;
+  Vec q = broadcast(2.0f / 9.0f);
+  q = fma(q, z, broadcast(2.0f / 7.0f));
+  q = fma(q, z, broadcast(2.0f / 5.0f));
+  q = fma(q, z, broadcast(2.0f / 3.0f));
+  const Vec e = to_float(exponent);
+  // 2s = f - s f exactly enough: the leading term keeps f's full precision.
+  const Vec tail = fma(s * z, q, fma(e, broadcast(0x1.7f7d1cp-20f), s * (broadcast(0.0f) - f)));
+  return fma(e, broadcast(0x1.62e400p-1f), f + tail);
+}
+
+#undef IC_EACH_PART
+
+}  // namespace ic::IC_ISA

@@ -1,0 +1,79 @@
+"""What every op shares: the extension module, its registration with torch, and argument checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+try:
+    from instructcore import _C
+except ImportError as error:
+    if (Path(__file__).parents[2] / "CMakeLists.txt").exists():
+        raise ImportError(
+            "instructcore: this is the source tree, without its compiled kernels: "
+            "run `pip install -e .` here, or leave this folder to use the installed package"
+        ) from error
+    raise
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def register(
+    name: str, schema: str, allocate: Callable, run: Callable, devices: tuple[str, ...] = ("cpu",)
+) -> Callable:
+    """Define `instructcore::name`; `allocate` is its fake, `run` its body. Returns the op."""
+    qualified = f"instructcore::{name}"
+    torch.library.define(qualified, schema)
+    torch.library.register_fake(qualified, allocate)
+    torch.library.impl(qualified, devices, run)
+    return getattr(torch.ops.instructcore, name).default
+
+
+def check_float(op: str, **tensors: Tensor | None) -> None:
+    """float32, bfloat16 or float16, or a TypeError that names the argument."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in FLOAT_DTYPES:
+            raise TypeError(
+                f"{op}: {name} must be float32, bfloat16 or float16, got {tensor.dtype}"
+            )
+
+
+def check_dtype(op: str, dtype: torch.dtype, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype != dtype:
+            raise TypeError(f"{op}: {name} must be {dtype}, got {tensor.dtype}")
+
+
+def check_shape(op: str, shape: tuple[int, ...], **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{op}: {name} must be {tuple(shape)}, got {tuple(tensor.shape)}")
+
+
+def check_device(op: str, first: Tensor, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != first.device:
+            raise ValueError(f"{op}: {name} must be on {first.device}, got {tensor.device}")
+
+
+def last_contiguous(tensor: Tensor) -> Tensor:
+    """The tensor itself if its last stride is 1 and no stride is 0 (expanded), else a copy."""
+    strides = tensor.stride()
+    if strides and (strides[-1] != 1 or 0 in strides):
+        return tensor.contiguous()
+    return tensor
+
+
+__all__ = [
+    "FLOAT_DTYPES",
+    "_C",
+    "check_device",
+    "check_dtype",
+    "check_float",
+    "check_shape",
+    "last_contiguous",
+    "register",
+]
