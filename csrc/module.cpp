@@ -21,6 +21,18 @@ T* data_or_null(const OptionalView& view) {
 
 int64_t stride_or_zero(const OptionalView& view, int dim) { return view ? view->stride(dim) : 0; }
 
+// A CPU kernel follows cu_seqlens without further checks, so they are made here: 0 <= .. non-decreasing .. <= n.
+void check_cu_seqlens(const char* op, const TensorView& cu_seqlens, int64_t n) {
+  if (cu_seqlens.is_cuda()) return;
+  const int32_t* cu = cu_seqlens.data<const int32_t>();
+  int64_t before = 0;
+  for (int64_t i = 0; i < cu_seqlens.size(0); ++i) {
+    IC_CHECK(cu[i] >= before && cu[i] <= n, op, ": cu_seqlens must not decrease and stay within 0..", n,
+             ", got ", cu[i], " at ", i);
+    before = cu[i];
+  }
+}
+
 // Runs a CPU kernel without the GIL. `op` has no CUDA kernel as yet: say so.
 template <class Args>
 void run_on_cpu(const char* op, const TensorView& where, void (*cpu)(const Args&), const Args& args) {
@@ -54,6 +66,7 @@ py::dict build_info() {
   info["driver"] = 0;
   info["device_message"] = "";
 #endif
+  info["cuda_ops"] = false;  // ops with CUDA kernels in this build
   info["devices"] = devices;
   return info;
 }
@@ -81,6 +94,7 @@ void gae(TensorView rewards, TensorView values, OptionalView mask, OptionalView 
          OptionalView dones, OptionalView bootstrap, TensorView advantages, TensorView returns,
          float gamma, float lambda, int threads) {
   const bool packed = cu_seqlens.has_value();
+  if (packed) check_cu_seqlens("gae", *cu_seqlens, rewards.size(0));
   ic::GaeArgs args{};
   args.rewards = rewards.raw();
   args.values = values.raw();

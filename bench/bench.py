@@ -1,0 +1,199 @@
+"""Measure the kernels against their rivals.
+
+    python bench/bench.py gae              # print the table
+    python bench/bench.py gae --record     # and append rows to bench/results/<device>.csv
+
+Each bench_<op>.py offers `cases(device)`, which yields `Case`s. All variants of a case are timed in
+interleaved rounds over rotating inputs, so that a busy machine hits them alike; a round's ratio is taken
+within the round. Bytes and FLOPs are what the algorithm must move and do, derived beside each case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import importlib
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+FIELDS = (
+    "op,variant,pass,dtype,case,p20_us,p50_us,p80_us,bytes,flops,pct_roofline,device,torch,commit,date,"
+    "command"
+).split(",")
+
+
+@dataclass
+class Case:
+    """One row group: the same work done by `ours` and each rival."""
+
+    name: str  # shape, as shown
+    dtype: str
+    run: str  # "fwd", "bwd" or "fwd+bwd"
+    variants: dict[str, Callable[[], object]]  # "ours" first
+    bytes: float = 0.0  # that must cross memory, once
+    flops: float = 0.0
+    setup: dict[str, Callable[[], object]] = field(default_factory=dict)  # untimed, before each call
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def time_once(f: Callable[[], object], setup: Callable | None, device: str, calls: int) -> float:
+    """Seconds per call, over `calls` calls (one when there is a setup to run before each)."""
+    if setup is not None:
+        setup()
+        calls = 1
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        f()
+    synchronize(device)
+    return (time.perf_counter() - start) / calls
+
+
+def measure(case: Case, device: str, rounds: int, budget: float = 0.02) -> dict[str, list[float]]:
+    """Interleaved rounds: a list of seconds per call for each variant."""
+    calls = {}
+    for name, f in case.variants.items():
+        setup = case.setup.get(name)
+        time_once(f, setup, device, 1)
+        once = time_once(f, setup, device, 1)
+        calls[name] = max(1, int(budget / max(once, 1e-7)))
+    times: dict[str, list[float]] = {name: [] for name in case.variants}
+    for _ in range(rounds):
+        for name, f in case.variants.items():
+            times[name].append(time_once(f, case.setup.get(name), device, calls[name]))
+    return times
+
+
+def rooflines(device: str) -> tuple[float, dict[str, float]]:
+    """(bytes/s of a copy, FLOP/s of a GEMM per dtype), measured here and now."""
+    source = torch.empty(64 << 20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy = min(time_once(lambda: target.copy_(source), None, device, 3) for _ in range(5))
+    rates = {}
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        n = 8192 if device == "cuda" else 1536
+        a = torch.randn(n, n, device=device).to(dtype)
+        seconds = min(time_once(lambda a=a: a @ a, None, device, 1) for _ in range(4))
+        rates[name] = 2.0 * n**3 / seconds
+    rates["float16"] = rates["bfloat16"] if device == "cuda" else rates["float32"]
+    return 2.0 * source.numel() / copy, rates
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name().replace(" ", "-")
+    model = "cpu"
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.split(":")[1].strip()
+            break
+    from instructcore import _C
+
+    return f"{model} {torch.get_num_threads()} threads {_C.build_info()['isa']}".replace(" ", "-")
+
+
+def quantile(values: list[float], q: float) -> float:
+    values = sorted(values)
+    return values[min(len(values) - 1, round(q * (len(values) - 1)))]
+
+
+def commit() -> str:
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE
+    )
+    return found.stdout.strip() or "unknown"
+
+
+def rows_of(op: str, cases: Iterator[Case], device: str, rounds: int) -> Iterator[dict]:
+    bandwidth, rates = rooflines(device)
+    print(
+        f"{device_name(device)}: copy {bandwidth / 1e9:.0f} GB/s, GEMM "
+        + ", ".join(f"{k} {v / 1e9:.0f} GFLOP/s" for k, v in rates.items())
+    )
+    print(
+        f"{'case':<44} {'dtype':<9} {'pass':<8} {'variant':<22} {'p50 us':>10} {'GB/s':>7} "
+        f"{'GF/s':>7} {'% roof':>7}  ours is (quartiles)"
+    )
+    for case in cases:
+        times = measure(case, device, rounds)
+        floor = max(case.bytes / bandwidth, case.flops / rates[case.dtype])
+        for name, seconds in times.items():
+            p50 = statistics.median(seconds)
+            roof = 100 * floor / p50 if floor else float("nan")
+            ratio = ""
+            if name != "ours":
+                ratios = [t / o for t, o in zip(seconds, times["ours"], strict=True)]
+                low, mid, high = (quantile(ratios, q) for q in (0.25, 0.5, 0.75))
+                ratio = f"{mid:.2f} x faster ({low:.2f}-{high:.2f})"
+            print(
+                f"{case.name:<44} {case.dtype:<9} {case.run:<8} {name:<22} {p50 * 1e6:>10.1f} "
+                f"{case.bytes / p50 / 1e9:>7.1f} {case.flops / p50 / 1e9:>7.1f} {roof:>7.1f}  {ratio}"
+            )
+            yield {
+                "op": op,
+                "variant": name,
+                "pass": case.run,
+                "dtype": case.dtype,
+                "case": case.name,
+                "p20_us": f"{quantile(seconds, 0.2) * 1e6:.2f}",
+                "p50_us": f"{p50 * 1e6:.2f}",
+                "p80_us": f"{quantile(seconds, 0.8) * 1e6:.2f}",
+                "bytes": f"{case.bytes:.0f}",
+                "flops": f"{case.flops:.0f}",
+                "pct_roofline": f"{roof:.1f}",
+                "device": device_name(device),
+                "torch": torch.__version__,
+                "commit": commit(),
+                "date": datetime.date.today().isoformat(),
+                "command": f"python bench/bench.py {op}",
+            }
+
+
+def record(rows: list[dict], device: str) -> Path:
+    path = HERE / "results" / f"{device_name(device)}.csv"
+    path.parent.mkdir(exist_ok=True)
+    fresh = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        if fresh:
+            writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def main() -> int:
+    ops = sorted(path.stem[len("bench_") :] for path in HERE.glob("bench_*.py"))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("op", nargs="+", choices=[*ops, "all"], metavar="op", help=", ".join(ops))
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default 9)")
+    parser.add_argument("--record", action="store_true", help="append to bench/results/<device>.csv")
+    parser.add_argument("--quick", action="store_true", help="the first two cases, three rounds")
+    options = parser.parse_args()
+    sys.path.insert(0, str(HERE))
+    for op in ops if "all" in options.op else options.op:
+        cases = importlib.import_module(f"bench_{op}").cases(options.device)
+        if options.quick:
+            cases = (case for _, case in zip(range(2), cases, strict=False))
+        print(f"\n{op}")
+        rows = list(rows_of(op, cases, options.device, 3 if options.quick else options.rounds))
+        if options.record:
+            print(f"recorded in {record(rows, options.device)}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
