@@ -4,8 +4,8 @@
     python bench/bench.py gae --record     # and append rows to bench/results/<device>.csv
 
 Each bench_<op>.py offers `cases(device)`, which yields `Case`s. All variants of a case are timed in
-interleaved rounds over rotating inputs, so that a busy machine hits them alike; a round's ratio is taken
-within the round. Bytes and FLOPs are what the algorithm must move and do, derived beside each case.
+interleaved rounds, so that a busy machine hits them alike; a round's ratio is taken within the
+round. Bytes and FLOPs are what the algorithm must move and do, derived beside each case.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class Case:
     variants: dict[str, Callable[[], object]]  # "ours" first
     bytes: float = 0.0  # that must cross memory, once
     flops: float = 0.0
-    setup: dict[str, Callable[[], object]] = field(default_factory=dict)  # untimed, before each call
+    setup: dict[str, Callable[[], object]] = field(
+        default_factory=dict
+    )  # untimed, before each call
 
 
 def synchronize(device: str) -> None:
@@ -140,7 +142,8 @@ def rows_of(op: str, cases: Iterator[Case], device: str, rounds: int) -> Iterato
                 ratio = f"{mid:.2f} x faster ({low:.2f}-{high:.2f})"
             print(
                 f"{case.name:<44} {case.dtype:<9} {case.run:<8} {name:<22} {p50 * 1e6:>10.1f} "
-                f"{case.bytes / p50 / 1e9:>7.1f} {case.flops / p50 / 1e9:>7.1f} {roof:>7.1f}  {ratio}"
+                f"{case.bytes / p50 / 1e9:>7.1f} {case.flops / p50 / 1e9:>7.1f} {roof:>7.1f}"
+                f"  {ratio}"
             )
             yield {
                 "op": op,
@@ -180,7 +183,9 @@ def main() -> int:
     parser.add_argument("op", nargs="+", choices=[*ops, "all"], metavar="op", help=", ".join(ops))
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default 9)")
-    parser.add_argument("--record", action="store_true", help="append to bench/results/<device>.csv")
+    parser.add_argument(
+        "--record", action="store_true", help="append to bench/results/<device>.csv"
+    )
     parser.add_argument("--quick", action="store_true", help="the first two cases, three rounds")
     options = parser.parse_args()
     sys.path.insert(0, str(HERE))

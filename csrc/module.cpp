@@ -6,6 +6,8 @@
 #include "device.h"
 #include "gae.h"
 #include "isa.h"
+#include "ppo_advantage.h"
+#include "ppo_loss.h"
 #include "tensor.h"
 
 namespace py = pybind11;
@@ -90,9 +92,10 @@ py::list isa_levels() {
 
 // ---- gae ----
 
-void gae(TensorView rewards, TensorView values, OptionalView mask, OptionalView cu_seqlens,
-         OptionalView dones, OptionalView bootstrap, TensorView advantages, TensorView returns,
-         float gamma, float lambda, int threads) {
+ic::GaeArgs gae_args(const TensorView& rewards, const TensorView& values, const OptionalView& mask,
+                     const OptionalView& cu_seqlens, const OptionalView& dones,
+                     const OptionalView& bootstrap, const TensorView& advantages,
+                     const TensorView& returns, float gamma, float lambda, int threads) {
   const bool packed = cu_seqlens.has_value();
   if (packed) check_cu_seqlens("gae", *cu_seqlens, rewards.size(0));
   ic::GaeArgs args{};
@@ -119,7 +122,96 @@ void gae(TensorView rewards, TensorView values, OptionalView mask, OptionalView 
   args.gamma = gamma;
   args.lambda = lambda;
   args.threads = threads;
-  run_on_cpu("gae", rewards, ic::gae_cpu, args);
+  return args;
+}
+
+void gae(TensorView rewards, TensorView values, OptionalView mask, OptionalView cu_seqlens,
+         OptionalView dones, OptionalView bootstrap, TensorView advantages, TensorView returns,
+         float gamma, float lambda, int threads) {
+  run_on_cpu("gae", rewards, ic::gae_cpu,
+             gae_args(rewards, values, mask, cu_seqlens, dones, bootstrap, advantages, returns, gamma,
+                      lambda, threads));
+}
+
+// ---- ppo_advantage ----
+
+void ppo_advantage(TensorView scores, TensorView logprobs, TensorView ref_logprobs, TensorView values,
+                   TensorView mask, OptionalView score_index, OptionalView cu_seqlens,
+                   OptionalView dones, OptionalView bootstrap, TensorView advantages,
+                   TensorView returns, TensorView rewards, TensorView stats, TensorView workspace,
+                   float kl_coef, float gamma, float lambda, float reward_clip, bool whiten_rewards,
+                   bool whiten, bool unbiased, int threads) {
+  ic::PpoAdvantageArgs args{};
+  args.gae = gae_args(rewards, values, mask, cu_seqlens, dones, bootstrap, advantages, returns, gamma,
+                      lambda, threads);
+  args.scores = scores.data<const float>();
+  args.logprobs = logprobs.data<const float>();
+  args.ref_logprobs = ref_logprobs.data<const float>();
+  args.mask = mask.data<const uint8_t>();
+  args.score_index = data_or_null<const int64_t>(score_index);
+  args.rewards = rewards.data<float>();
+  args.row_moments = static_cast<ic::Moments*>(workspace.raw());
+  args.stats = stats.data<float>();
+  args.kl_coef = kl_coef;
+  args.reward_clip = reward_clip;
+  args.whiten_rewards = whiten_rewards;
+  args.whiten = whiten;
+  args.unbiased = unbiased;
+  run_on_cpu("ppo_advantage", logprobs, ic::ppo_advantage_cpu, args);
+}
+
+void whiten_advantages(TensorView advantages, OptionalView mask, TensorView mean, TensorView var,
+                       TensorView out, int threads) {
+  const ic::WhitenArgs args{
+      advantages.data<const float>(), data_or_null<const uint8_t>(mask), mean.data<const float>(),
+      var.data<const float>(),        out.data<float>(),                 advantages.numel(),
+      threads};
+  run_on_cpu("whiten_advantages", advantages, ic::whiten_cpu, args);
+}
+
+// ---- ppo_loss ----
+
+void ppo_loss(TensorView logprobs, TensorView old_logprobs, TensorView advantages, TensorView mask,
+              OptionalView values, OptionalView old_values, OptionalView returns, OptionalView entropy,
+              OptionalView ref_logprobs, OptionalView weights, OptionalView cu_seqlens,
+              OptionalView normalizer, TensorView loss, TensorView sums, OptionalView grad_logprobs,
+              OptionalView grad_values, OptionalView grad_entropy, TensorView workspace,
+              int64_t segments, int64_t segment_tokens, bool by_sequence, float clip_range,
+              float clip_range_high, float dual_clip, float value_clip_range, float value_coef,
+              float entropy_coef, float kl_coef, int threads) {
+  if (cu_seqlens) check_cu_seqlens("ppo_loss", *cu_seqlens, logprobs.numel());
+  ic::PpoLossArgs args{};
+  args.logprobs = logprobs.data<const float>();
+  args.old_logprobs = old_logprobs.data<const float>();
+  args.advantages = advantages.data<const float>();
+  args.mask = mask.data<const uint8_t>();
+  args.values = data_or_null<const float>(values);
+  args.old_values = data_or_null<const float>(old_values);
+  args.returns = data_or_null<const float>(returns);
+  args.entropy = data_or_null<const float>(entropy);
+  args.ref_logprobs = data_or_null<const float>(ref_logprobs);
+  args.weights = data_or_null<const float>(weights);
+  args.cu_seqlens = data_or_null<const int32_t>(cu_seqlens);
+  args.normalizer = data_or_null<const float>(normalizer);
+  args.loss = loss.data<float>();
+  args.sums = sums.data<float>();
+  args.grad_logprobs = data_or_null<float>(grad_logprobs);
+  args.grad_values = data_or_null<float>(grad_values);
+  args.grad_entropy = data_or_null<float>(grad_entropy);
+  args.workspace = static_cast<double*>(workspace.raw());
+  args.tokens = logprobs.numel();
+  args.segments = segments;
+  args.segment_tokens = segment_tokens;
+  args.by_sequence = by_sequence;
+  args.clip_range = clip_range;
+  args.clip_range_high = clip_range_high;
+  args.dual_clip = dual_clip;
+  args.value_clip_range = value_clip_range;
+  args.value_coef = value_coef;
+  args.entropy_coef = entropy_coef;
+  args.kl_coef = kl_coef;
+  args.threads = threads;
+  run_on_cpu("ppo_loss", logprobs, ic::ppo_loss_cpu, args);
 }
 
 }  // namespace
@@ -134,4 +226,22 @@ PYBIND11_MODULE(_C, m) {
   m.def("gae", &gae, py::arg("rewards"), py::arg("values"), py::arg("mask"), py::arg("cu_seqlens"),
         py::arg("dones"), py::arg("bootstrap"), py::arg("advantages"), py::arg("returns"),
         py::arg("gamma"), py::arg("lambda_"), py::arg("threads"));
+
+  m.def("ppo_advantage", &ppo_advantage, py::arg("scores"), py::arg("logprobs"),
+        py::arg("ref_logprobs"), py::arg("values"), py::arg("mask"), py::arg("score_index"),
+        py::arg("cu_seqlens"), py::arg("dones"), py::arg("bootstrap"), py::arg("advantages"),
+        py::arg("returns"), py::arg("rewards"), py::arg("stats"), py::arg("workspace"),
+        py::arg("kl_coef"), py::arg("gamma"), py::arg("lambda_"), py::arg("reward_clip"),
+        py::arg("whiten_rewards"), py::arg("whiten"), py::arg("unbiased"), py::arg("threads"));
+  m.def("whiten_advantages", &whiten_advantages, py::arg("advantages"), py::arg("mask"),
+        py::arg("mean"), py::arg("var"), py::arg("out"), py::arg("threads"));
+
+  m.def("ppo_loss", &ppo_loss, py::arg("logprobs"), py::arg("old_logprobs"), py::arg("advantages"),
+        py::arg("mask"), py::arg("values"), py::arg("old_values"), py::arg("returns"),
+        py::arg("entropy"), py::arg("ref_logprobs"), py::arg("weights"), py::arg("cu_seqlens"),
+        py::arg("normalizer"), py::arg("loss"), py::arg("sums"), py::arg("grad_logprobs"),
+        py::arg("grad_values"), py::arg("grad_entropy"), py::arg("workspace"), py::arg("segments"),
+        py::arg("segment_tokens"), py::arg("by_sequence"), py::arg("clip_range"),
+        py::arg("clip_range_high"), py::arg("dual_clip"), py::arg("value_clip_range"),
+        py::arg("value_coef"), py::arg("entropy_coef"), py::arg("kl_coef"), py::arg("threads"));
 }

@@ -141,7 +141,7 @@ IC_INLINE VecInt shift_right(VecInt a, int n) {  // arithmetic
   return a;
 }
 
-IC_INLINE Vec to_float(VecInt a) {
+IC_INLINE Vec int_to_float(VecInt a) {
   Vec r;
   IC_EACH_PART r.part[p] = __builtin_convertvector(a.part[p], NativeFloat);
   return r;
@@ -263,6 +263,15 @@ IC_INLINE void store_partial(float* to, Vec a, int n) {
 }
 #endif
 
+// Bytes as a mask: a lane is true where its byte is not 0; lanes from n on are false.
+IC_INLINE Mask load_mask(const uint8_t* from, int n) {
+  int32_t lane[kLanes];
+  for (int i = 0; i < kLanes; ++i) lane[i] = i < n && from[i] ? -1 : 0;
+  Mask r;
+  __builtin_memcpy(&r, lane, sizeof r);
+  return r;
+}
+
 // ---- functions: at most 2 ulp on normal results ----
 
 // e^x; 0 below -104, inf above 89, NaN stays. Cody and Waite's reduction, a polynomial of degree 6 fitted
@@ -301,7 +310,7 @@ IC_INLINE Vec log(Vec x) {
   q = fma(q, z, broadcast(2.0f / 7.0f));
   q = fma(q, z, broadcast(2.0f / 5.0f));
   q = fma(q, z, broadcast(2.0f / 3.0f));
-  const Vec e = to_float(exponent);
+  const Vec e = int_to_float(exponent);
   // 2s = f - s f exactly enough: the leading term keeps f's full precision.
   const Vec tail = fma(s * z, q, fma(e, broadcast(0x1.7f7d1cp-20f), s * (broadcast(0.0f) - f)));
   return fma(e, broadcast(0x1.62e400p-1f), f + tail);

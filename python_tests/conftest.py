@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-# The clone's root holds `instructcore/` without its compiled module: an installed package must win over it.
+# The clone's root holds `instructcore/` without its compiled module: an installed package must win.
 ROOT = Path(__file__).resolve().parents[1]
 if not list((ROOT / "instructcore").glob("_C*.so")):
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]

@@ -13,8 +13,9 @@ def assert_close(
 ) -> None:
     """|ours - truth| <= 2 max|native - truth| + eps max|truth|, elementwise.
 
-    `truth` is the float64 reference on the same (already rounded) inputs, `native` plain torch in the
-    input's dtype. `dtype`, whose eps counts, is the output's unless given. Infinities and NaN must agree.
+    `truth` is the float64 reference on the same (already rounded) inputs, `native` plain torch in
+    the input's dtype. `dtype`, whose eps counts, is the output's unless given. Infinities and NaN
+    must agree.
     """
     if not (ours.shape == native.shape == truth.shape):
         raise AssertionError(f"{name}: shapes {ours.shape}, {native.shape}, {truth.shape} differ")
@@ -39,7 +40,9 @@ def _max(x: Tensor) -> float:
 
 
 def assert_same_bits(a: Tensor, b: Tensor, name: str = "") -> None:
-    assert a.dtype == b.dtype and a.shape == b.shape, f"{name}: {a.dtype}{a.shape}, {b.dtype}{b.shape}"
+    assert a.dtype == b.dtype and a.shape == b.shape, (
+        f"{name}: {a.dtype}{a.shape}, {b.dtype}{b.shape}"
+    )
     integer = {2: torch.int16, 4: torch.int32}.get(a.element_size())
     if integer is not None and a.is_floating_point():
         a, b = a.contiguous().view(integer), b.contiguous().view(integer)

@@ -3,5 +3,24 @@
 from __future__ import annotations
 
 from .gae import gae, gae_reference
+from .ppo_advantage import (
+    PPOTargets,
+    ppo_advantage,
+    ppo_advantage_reference,
+    whiten_advantages,
+    whiten_advantages_reference,
+)
+from .ppo_loss import PPOStats, ppo_loss, ppo_loss_reference
 
-__all__ = ["gae", "gae_reference"]
+__all__ = [
+    "PPOStats",
+    "PPOTargets",
+    "gae",
+    "gae_reference",
+    "ppo_advantage",
+    "ppo_advantage_reference",
+    "ppo_loss",
+    "ppo_loss_reference",
+    "whiten_advantages",
+    "whiten_advantages_reference",
+]

@@ -67,6 +67,11 @@ def last_contiguous(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def plain_float(tensor: Tensor) -> Tensor:
+    """The tensor itself if it is contiguous float32, else a copy that is."""
+    return tensor.to(torch.float32).contiguous()
+
+
 __all__ = [
     "FLOAT_DTYPES",
     "_C",
@@ -75,5 +80,6 @@ __all__ = [
     "check_float",
     "check_shape",
     "last_contiguous",
+    "plain_float",
     "register",
 ]

@@ -125,18 +125,20 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimates and returns, each row backwards in time.
 
-    With a state (V', A') that starts at (bootstrap or 0, 0), for t from the last step to the first::
+    With a state (V', A') that starts at (bootstrap or 0, 0), for t from the last step to the
+    first::
 
         dones[t]:   (V', A') = (0, 0)
         unmasked t: A = r[t] + gamma V' - V[t] + gamma lambda A'
                     advantages[t] = A, returns[t] = A + V[t], (V', A') = (V[t], A)
         masked t:   both outputs 0; the state passes through, undiscounted
 
-    So padding on either side is inert, `bootstrap` reaches the last unmasked step, and masked steps between
-    (observation tokens) carry.
+    So padding on either side is inert, `bootstrap` reaches the last unmasked step, and masked steps
+    between (observation tokens) carry.
 
     Args:
-        rewards: (B, T), or (N,) with `cu_seqlens`; r[t] is paid for step t, 0 <= t < T. Any strides.
+        rewards: (B, T), or (N,) with `cu_seqlens`; r[t] is paid for step t, 0 <= t < T. Any
+            strides.
         values: like rewards; V[t] is the value of the state before step t.
         mask: bool, like rewards: True for a real step. Masked rewards and values may be NaN.
         gamma: discount per step, 0..1 (1 in RLHF).
@@ -152,8 +154,8 @@ def gae(
         TypeError: an element type is not the documented one.
         ValueError: shapes or devices differ.
 
-    Numerics: float32 arithmetic whatever the input type; one serial chain per row, so the same bits for any
-    number of threads.
+    Numerics: float32 arithmetic whatever the input type; one serial chain per row, so the same bits
+    for any number of threads.
 
     Source: Schulman et al. 2015, arXiv:1506.02438, equation 16.
     """

@@ -1,0 +1,175 @@
+// ppo_loss on the CPU: a sweep over the mask for the normalizer, then one over everything else.
+#include "ppo_loss.h"
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace ic::IC_ISA {
+namespace {
+
+struct Segment {
+  int64_t begin, end;
+};
+
+Segment segment_of(const PpoLossArgs& a, int64_t s) {
+  if (a.cu_seqlens) return {a.cu_seqlens[s], a.cu_seqlens[s + 1]};
+  const int64_t end = (s + 1) * a.segment_tokens;
+  return {s * a.segment_tokens, end < a.tokens ? end : a.tokens};
+}
+
+Vec clamp(Vec x, float low, float high) {  // NaN stays
+  x = select(x < broadcast(low), broadcast(low), x);
+  return select(x > broadcast(high), broadcast(high), x);
+}
+
+struct Coefficients {
+  float weight;  // w / normalizer
+  bool gradients;
+};
+
+// Up to 16 tokens from i on: adds to the sums, writes the gradients.
+IC_INLINE void tokens16(const PpoLossArgs& a, int64_t i, int n, Coefficients c, Vec (&sums)[kPpoSums]) {
+  const Vec zero = broadcast(0.0f), one = broadcast(1.0f);
+  const Mask kept = load_mask(a.mask + i, n);
+  const auto in = [&](const float* x) __attribute__((always_inline)) {
+    return select(kept, n == kLanes ? load(x + i) : load_partial(x + i, n, 0.0f), zero);
+  };
+  const auto put = [&](float* x, Vec gradient) __attribute__((always_inline)) {
+    gradient = select(kept, gradient, zero);
+    if (n == kLanes) {
+      store(x + i, gradient);
+    } else {
+      store_partial(x + i, gradient, n);
+    }
+  };
+  const auto add = [&](int which, Vec x) __attribute__((always_inline)) {
+    sums[which] = sums[which] + select(kept, x, zero);
+  };
+
+  const Vec logprob = in(a.logprobs), advantage = in(a.advantages);
+  const Vec raw = logprob - in(a.old_logprobs);
+  const Vec d = clamp(raw, -20.0f, 20.0f);
+  const Vec ratio = exp(d);
+  const Vec plain = zero - ratio * advantage;
+  const Vec bounded = clamp(ratio, 1.0f - a.clip_range, 1.0f + a.clip_range_high);
+  const Vec clipped = zero - bounded * advantage;
+  const Mask use_clipped = clipped > plain;
+  Vec policy = select(use_clipped, clipped, plain);
+  // d(policy)/d(logprob) is policy itself where the plain branch counts and the clamp does not.
+  Vec slope = select(use_clipped, zero, plain);
+  slope = select((raw < broadcast(-20.0f)) | (raw > broadcast(20.0f)), zero, slope);
+  if (a.dual_clip >= 0) {
+    const Vec limit = broadcast(-a.dual_clip) * advantage;
+    const Mask cut = (advantage < zero) & (policy > limit);
+    policy = select(cut, limit, policy);
+    slope = select(cut, zero, slope);
+  }
+  if (a.weights) {
+    const Vec weight = in(a.weights);
+    policy = policy * weight;
+    slope = slope * weight;
+  }
+  Vec loss = policy;
+
+  if (a.values) {
+    const Vec value = in(a.values), target = in(a.returns);
+    const Vec error = target - value;
+    Vec twice = error * error, value_slope = zero - error;
+    if (a.value_clip_range >= 0) {
+      const Vec before = in(a.old_values), step = value - before;
+      const Vec bound = before + clamp(step, -a.value_clip_range, a.value_clip_range) - target;
+      const Mask outside =
+          (step < broadcast(-a.value_clip_range)) | (step > broadcast(a.value_clip_range));
+      const Mask use_bound = outside & (bound * bound > twice);
+      twice = select(use_bound, bound * bound, twice);
+      value_slope = select(use_bound, zero, value_slope);
+      add(kValueClipped, select(use_bound, one, zero));
+    }
+    const Vec value_loss = broadcast(0.5f) * twice;
+    loss = fma(broadcast(a.value_coef), value_loss, loss);
+    if (c.gradients && a.grad_values) put(a.grad_values, broadcast(c.weight * a.value_coef) * value_slope);
+    add(kValueLoss, value_loss);
+    add(kReturns, target);
+    add(kReturnsSquared, target * target);
+    add(kError, error);
+    add(kErrorSquared, error * error);
+  }
+  if (a.entropy) {
+    const Vec entropy = in(a.entropy);
+    loss = fma(broadcast(-a.entropy_coef), entropy, loss);
+    if (c.gradients && a.grad_entropy) put(a.grad_entropy, broadcast(-c.weight * a.entropy_coef));
+    add(kEntropy, entropy);
+  }
+  if (a.ref_logprobs) {
+    const Vec from_ref = in(a.ref_logprobs) - logprob;
+    const Vec odds = exp(from_ref);
+    const Vec kl = odds - one - from_ref;
+    loss = fma(broadcast(a.kl_coef), kl, loss);
+    slope = fma(broadcast(a.kl_coef), one - odds, slope);
+    add(kKl, kl);
+  }
+  if (c.gradients && a.grad_logprobs) put(a.grad_logprobs, broadcast(c.weight) * slope);
+  add(kCount, one);
+  add(kPolicyLoss, policy);
+  add(kApproxKl, broadcast(0.5f) * d * d);
+  add(kRatio, ratio);
+  add(kClipped, select(use_clipped, one, zero));
+  add(kStatistics, loss);
+}
+
+double count_of(const uint8_t* mask, int64_t n) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; ++i) count += mask[i] != 0;
+  return static_cast<double>(count);
+}
+
+void run_segment(const PpoLossArgs& a, Segment segment, Coefficients c, double* out) {
+  for (int k = 0; k < kPpoSums; ++k) out[k] = 0;
+  for (int64_t begin = segment.begin; begin < segment.end; begin += kPpoBlock) {
+    const int64_t end = begin + kPpoBlock < segment.end ? begin + kPpoBlock : segment.end;
+    Vec sums[kPpoSums];
+    for (Vec& sum : sums) sum = broadcast(0.0f);
+    int64_t i = begin;
+    for (; i + kLanes <= end; i += kLanes) tokens16(a, i, kLanes, c, sums);
+    if (i < end) tokens16(a, i, static_cast<int>(end - i), c, sums);
+    for (int k = 0; k < kPpoSums; ++k) out[k] += reduce_add(sums[k]);
+  }
+}
+
+}  // namespace
+
+void ppo_loss_cpu(const PpoLossArgs& a) {
+  const int64_t per_segment = a.tokens / (a.segments + 1) + 1;
+  const int64_t grain = kPpoBlock / per_segment + 1;
+  double total = 0;
+  parallel_rows(a.segments, 8 * grain, a.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) {
+      const Segment segment = segment_of(a, s);
+      a.workspace[s * kPpoSums] = count_of(a.mask + segment.begin, segment.end - segment.begin);
+    }
+  });
+  for (int64_t s = 0; s < a.segments; ++s) {
+    const double count = a.workspace[s * kPpoSums];
+    total += a.by_sequence ? (count > 0 ? 1.0 : 0.0) : count;
+  }
+  const double normalizer = a.normalizer ? static_cast<double>(*a.normalizer) : total;
+  const double scale = normalizer > 0 ? 1.0 / normalizer : 0.0;
+
+  const bool gradients = a.grad_logprobs || a.grad_values || a.grad_entropy;
+  parallel_rows(a.segments, grain, a.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) {
+      double* sums = a.workspace + s * kPpoSums;
+      const double count = sums[0];
+      const double weight = !a.by_sequence ? 1.0 : count > 0 ? 1.0 / count : 0.0;
+      run_segment(a, segment_of(a, s), {static_cast<float>(weight * scale), gradients}, sums);
+      sums[kStatistics] *= weight;
+    }
+  });
+  double sums[kPpoSums] = {};
+  for (int64_t s = 0; s < a.segments; ++s)
+    for (int k = 0; k < kPpoSums; ++k) sums[k] += a.workspace[s * kPpoSums + k];
+  for (int k = 0; k < kStatistics; ++k) a.sums[k] = static_cast<float>(sums[k]);
+  *a.loss = static_cast<float>(sums[kStatistics] * scale);
+}
+
+}  // namespace ic::IC_ISA
