@@ -157,6 +157,15 @@ void ppo_advantage(TensorView scores, TensorView logprobs, TensorView ref_logpro
   args.whiten_rewards = whiten_rewards;
   args.whiten = whiten;
   args.unbiased = unbiased;
+  if (score_index && !logprobs.is_cuda())
+    for (int64_t b = 0; b < args.gae.rows; ++b) {
+      const int64_t length = args.gae.cu_seqlens
+                                 ? args.gae.cu_seqlens[b + 1] - args.gae.cu_seqlens[b]
+                                 : args.gae.steps;
+      IC_CHECK(args.score_index[b] >= -1 && (args.score_index[b] < length || length == 0),
+               "ppo_advantage: score_index must be within its row of ", length, " steps, or -1, got ",
+               args.score_index[b], " at ", b);
+    }
   run_on_cpu("ppo_advantage", logprobs, ic::ppo_advantage_cpu, args);
 }
 
@@ -176,8 +185,8 @@ void ppo_loss(TensorView logprobs, TensorView old_logprobs, TensorView advantage
               OptionalView ref_logprobs, OptionalView weights, OptionalView cu_seqlens,
               OptionalView normalizer, TensorView loss, TensorView sums, OptionalView grad_logprobs,
               OptionalView grad_values, OptionalView grad_entropy, TensorView workspace,
-              int64_t segments, int64_t segment_tokens, bool by_sequence, float clip_range,
-              float clip_range_high, float dual_clip, float value_clip_range, float value_coef,
+              int64_t segments, int64_t segment_tokens, bool by_sequence, float ratio_low,
+              float ratio_high, float dual_clip, float value_clip_range, float value_coef,
               float entropy_coef, float kl_coef, int threads) {
   if (cu_seqlens) check_cu_seqlens("ppo_loss", *cu_seqlens, logprobs.numel());
   ic::PpoLossArgs args{};
@@ -203,8 +212,8 @@ void ppo_loss(TensorView logprobs, TensorView old_logprobs, TensorView advantage
   args.segments = segments;
   args.segment_tokens = segment_tokens;
   args.by_sequence = by_sequence;
-  args.clip_range = clip_range;
-  args.clip_range_high = clip_range_high;
+  args.ratio_low = ratio_low;
+  args.ratio_high = ratio_high;
   args.dual_clip = dual_clip;
   args.value_clip_range = value_clip_range;
   args.value_coef = value_coef;
@@ -241,7 +250,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("entropy"), py::arg("ref_logprobs"), py::arg("weights"), py::arg("cu_seqlens"),
         py::arg("normalizer"), py::arg("loss"), py::arg("sums"), py::arg("grad_logprobs"),
         py::arg("grad_values"), py::arg("grad_entropy"), py::arg("workspace"), py::arg("segments"),
-        py::arg("segment_tokens"), py::arg("by_sequence"), py::arg("clip_range"),
-        py::arg("clip_range_high"), py::arg("dual_clip"), py::arg("value_clip_range"),
+        py::arg("segment_tokens"), py::arg("by_sequence"), py::arg("ratio_low"),
+        py::arg("ratio_high"), py::arg("dual_clip"), py::arg("value_clip_range"),
         py::arg("value_coef"), py::arg("entropy_coef"), py::arg("kl_coef"), py::arg("threads"));
 }

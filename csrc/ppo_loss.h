@@ -2,7 +2,7 @@
 // entropy bonus and k3 KL term, their gradients and statistics, in one sweep.
 //
 //   d = clamp(logprob - old, +-20), rho = e^d
-//   policy = max(-rho A, -clip(rho, 1 - clip, 1 + clip_high) A); where A < 0 at most -dual_clip A; times weight
+//   policy = max(-rho A, -clip(rho, ratio_low, ratio_high) A); where A < 0 at most -dual_clip A; times weight
 //   value  = max((v - R)^2, (old_v + clip(v - old_v, +-value_clip) - R)^2) / 2
 //   kl     = e^(ref - logprob) - 1 - (ref - logprob)
 //   loss   = sum over unmasked tokens of w (policy + value_coef value - entropy_coef entropy + kl_coef kl),
@@ -37,8 +37,6 @@ enum PpoStatistic : int {
 };
 constexpr int kPpoSums = kStatistics + 1;  // and the weighted loss
 
-constexpr int64_t kPpoBlock = 2048;  // tokens in a segment, unless a segment is a row
-
 struct PpoLossArgs {
   // Contiguous float32 (tokens,); a null pointer is a term that is not there.
   const float *logprobs, *old_logprobs, *advantages;
@@ -50,9 +48,9 @@ struct PpoLossArgs {
   float* sums;                // (kStatistics,)
   float *grad_logprobs, *grad_values, *grad_entropy;  // (tokens,) of the loss; null: not wanted
   double* workspace;          // (segments, kPpoSums)
-  int64_t tokens, segments, segment_tokens;  // segment_tokens: unless cu_seqlens
+  int64_t tokens, segments, segment_tokens;  // segment_tokens (of each but the last): unless cu_seqlens
   bool by_sequence;
-  float clip_range, clip_range_high, dual_clip, value_clip_range;  // dual_clip, value_clip < 0: none
+  float ratio_low, ratio_high, dual_clip, value_clip_range;  // dual_clip, value_clip < 0: none
   float value_coef, entropy_coef, kl_coef;
   int threads;
 };

@@ -22,13 +22,18 @@ Vec clamp(Vec x, float low, float high) {  // NaN stays
   return select(x > broadcast(high), broadcast(high), x);
 }
 
+// A term's sum in float64, lane by lane: thousands of terms of either sign would lose digits in float32.
+struct LaneSums {
+  double lane[kLanes];
+};
+
 struct Coefficients {
   float weight;  // w / normalizer
   bool gradients;
 };
 
 // Up to 16 tokens from i on: adds to the sums, writes the gradients.
-IC_INLINE void tokens16(const PpoLossArgs& a, int64_t i, int n, Coefficients c, Vec (&sums)[kPpoSums]) {
+IC_INLINE void tokens16(const PpoLossArgs& a, int64_t i, int n, Coefficients c, LaneSums (&sums)[kPpoSums]) {
   const Vec zero = broadcast(0.0f), one = broadcast(1.0f);
   const Mask kept = load_mask(a.mask + i, n);
   const auto in = [&](const float* x) __attribute__((always_inline)) {
@@ -43,7 +48,9 @@ IC_INLINE void tokens16(const PpoLossArgs& a, int64_t i, int n, Coefficients c, 
     }
   };
   const auto add = [&](int which, Vec x) __attribute__((always_inline)) {
-    sums[which] = sums[which] + select(kept, x, zero);
+    float lane[kLanes];
+    store(lane, select(kept, x, zero));
+    for (int k = 0; k < kLanes; ++k) sums[which].lane[k] += lane[k];
   };
 
   const Vec logprob = in(a.logprobs), advantage = in(a.advantages);
@@ -51,7 +58,7 @@ IC_INLINE void tokens16(const PpoLossArgs& a, int64_t i, int n, Coefficients c, 
   const Vec d = clamp(raw, -20.0f, 20.0f);
   const Vec ratio = exp(d);
   const Vec plain = zero - ratio * advantage;
-  const Vec bounded = clamp(ratio, 1.0f - a.clip_range, 1.0f + a.clip_range_high);
+  const Vec bounded = clamp(ratio, a.ratio_low, a.ratio_high);
   const Vec clipped = zero - bounded * advantage;
   const Mask use_clipped = clipped > plain;
   Vec policy = select(use_clipped, clipped, plain);
@@ -124,15 +131,13 @@ double count_of(const uint8_t* mask, int64_t n) {
 }
 
 void run_segment(const PpoLossArgs& a, Segment segment, Coefficients c, double* out) {
-  for (int k = 0; k < kPpoSums; ++k) out[k] = 0;
-  for (int64_t begin = segment.begin; begin < segment.end; begin += kPpoBlock) {
-    const int64_t end = begin + kPpoBlock < segment.end ? begin + kPpoBlock : segment.end;
-    Vec sums[kPpoSums];
-    for (Vec& sum : sums) sum = broadcast(0.0f);
-    int64_t i = begin;
-    for (; i + kLanes <= end; i += kLanes) tokens16(a, i, kLanes, c, sums);
-    if (i < end) tokens16(a, i, static_cast<int>(end - i), c, sums);
-    for (int k = 0; k < kPpoSums; ++k) out[k] += reduce_add(sums[k]);
+  LaneSums sums[kPpoSums] = {};
+  int64_t i = segment.begin;
+  for (; i + kLanes <= segment.end; i += kLanes) tokens16(a, i, kLanes, c, sums);
+  if (i < segment.end) tokens16(a, i, static_cast<int>(segment.end - i), c, sums);
+  for (int k = 0; k < kPpoSums; ++k) {
+    out[k] = 0;
+    for (double x : sums[k].lane) out[k] += x;
   }
 }
 
@@ -140,7 +145,7 @@ void run_segment(const PpoLossArgs& a, Segment segment, Coefficients c, double* 
 
 void ppo_loss_cpu(const PpoLossArgs& a) {
   const int64_t per_segment = a.tokens / (a.segments + 1) + 1;
-  const int64_t grain = kPpoBlock / per_segment + 1;
+  const int64_t grain = 2048 / per_segment + 1;
   double total = 0;
   parallel_rows(a.segments, 8 * grain, a.threads, [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) {

@@ -76,8 +76,8 @@ def ppo_advantage_reference(
             unmasked = mask[row][first:last].nonzero()
             at = first + int(unmasked[-1]) if len(unmasked) else None
         else:
-            at = first + int(score_index[b])
-        if at is not None and mask[(*row, at)]:
+            at = first + int(score_index[b]) if score_index[b] >= 0 else None
+        if at is not None and at < last and mask[(*row, at)]:
             rewards[(*row, at)] += paid[b]
 
     def scaled(x: Tensor, keep_mean: bool) -> tuple[Tensor, Tensor]:

@@ -150,7 +150,7 @@ def ppo_loss_reference(
     return result, PPOStats(stats)
 
 
-SEGMENT = 2048  # tokens whose sums are formed together, unless they are a row's (csrc/ppo_loss.h)
+SEGMENT = 2048  # tokens whose sums are formed together, unless they are a row's
 
 
 def _allocate(
@@ -167,8 +167,8 @@ def _allocate(
     cu_seqlens: Tensor | None,
     normalizer: Tensor | None,
     by_sequence: bool,
-    clip_range: float,
-    clip_range_high: float,
+    ratio_low: float,
+    ratio_high: float,
     dual_clip: float,
     value_clip_range: float,
     value_coef: float,
@@ -270,8 +270,8 @@ _ppo_loss = register(
     "ppo_loss",
     "(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor mask, Tensor? values, "
     "Tensor? old_values, Tensor? returns, Tensor? entropy, Tensor? ref_logprobs, Tensor? weights, "
-    "Tensor? cu_seqlens, Tensor? normalizer, bool by_sequence, float clip_range, "
-    "float clip_range_high, float dual_clip, float value_clip_range, float value_coef, "
+    "Tensor? cu_seqlens, Tensor? normalizer, bool by_sequence, float ratio_low, "
+    "float ratio_high, float dual_clip, float value_clip_range, float value_coef, "
     "float entropy_coef, float kl_coef, bool gradients) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _allocate,
@@ -368,8 +368,7 @@ def ppo_loss(
         TypeError, ValueError: an element type, shape or device is not the documented one, `values`
             without `returns` or `old_values`, an unknown aggregate, "constant" without normalizer.
 
-    Numerics: float32; sums of fixed blocks in float32, of blocks in float64, in order: the same
-    bits for any number of threads.
+    Numerics: float32, sums in float64 in a fixed order: the same bits for any number of threads.
 
     Source: Schulman et al. 2017, arXiv:1707.06347, equation 7; dual clip: Ye et al. 2020,
     arXiv:1912.09729; k3: Schulman 2020, "Approximating KL divergence".
@@ -384,8 +383,8 @@ def ppo_loss(
         normalizer = torch.as_tensor(normalizer, dtype=torch.float32, device=logprobs.device)
     settings = (
         aggregate == "sequence",
-        float(clip_range),
-        float(clip_range if clip_range_high is None else clip_range_high),
+        1.0 - clip_range,
+        1.0 + (clip_range if clip_range_high is None else clip_range_high),
         -1.0 if dual_clip is None else float(dual_clip),
         -1.0 if value_clip_range is None else float(value_clip_range),
         float(value_coef),

@@ -1,0 +1,37 @@
+"""ppo_advantage against today's tensor code: rewards, a GAE loop over time, masked whitening."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from bench import Case
+from bench_gae import torch_loop
+
+from instructcore.ops import ppo_advantage
+
+
+def in_torch(scores, logprobs, ref_logprobs, values, mask, kl_coef, gamma, lambda_):
+    rewards = -kl_coef * (logprobs - ref_logprobs) * mask
+    last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
+    rewards[torch.arange(len(scores), device=scores.device), last] += scores
+    advantages, returns = torch_loop(rewards, values * mask, gamma, lambda_)
+    count = mask.sum()
+    mean = (advantages * mask).sum() / count
+    var = ((advantages - mean) ** 2 * mask).sum() / count
+    return (advantages - mean) * torch.rsqrt(var + 1e-8) * mask, returns, rewards
+
+
+def cases(device: str) -> Iterator[Case]:
+    for rows, steps in ((128, 40), (512, 1024)):
+        scores = torch.randn(rows, device=device)
+        logprobs, ref_logprobs, values = torch.randn(3, rows, steps, device=device)
+        lengths = torch.randint(1, steps + 1, (rows, 1), device=device)
+        mask = torch.arange(steps, device=device) < lengths
+        tensors = (scores, logprobs, ref_logprobs, values, mask)
+        variants = {
+            "ours": lambda t=tensors: ppo_advantage(*t, kl_coef=0.05, gamma=1.0, lambda_=0.95),
+            "torch": lambda t=tensors: in_torch(*t, 0.05, 1.0, 0.95),
+        }
+        # read 3 floats and a byte, write 3 floats; whitening reads and writes one more: 33 bytes
+        yield Case(f"{rows} x {steps}", "float32", "fwd", variants, bytes=33.0 * rows * steps)
