@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "attention.h"
 #include "device.h"
 #include "gae.h"
 #include "isa.h"
@@ -88,6 +89,159 @@ py::list isa_levels() {
   IC_ISA_LEVELS(IC_LEVEL)
 #undef IC_LEVEL
   return names;
+}
+
+// ---- attention ----
+
+// Strides of (B, tokens, heads, D), or of packed (N, heads, D).
+ic::AttentionTensor attention_tensor(const TensorView& t) {
+  const bool packed = t.ndim() == 3;
+  return {t.raw(), packed ? 0 : t.stride(0), t.stride(-3), t.stride(-2)};
+}
+
+ic::AttentionTensor attention_tensor(const OptionalView& t) {
+  return t ? attention_tensor(*t) : ic::AttentionTensor{};
+}
+
+// `left` and `right` below 0 are unbounded.
+ic::AttentionArgs attention_args(const char* op, const TensorView& q, const TensorView& k,
+                                 const TensorView& v, const OptionalView& cu_q,
+                                 const OptionalView& cu_k, const OptionalView& slopes,
+                                 const OptionalView& sinks, const TensorView& out,
+                                 const TensorView& lse, const TensorView& workspace, bool causal,
+                                 float scale, int64_t left, int64_t right, float softcap,
+                                 int threads) {
+  if (cu_q) check_cu_seqlens(op, *cu_q, q.size(0));
+  if (cu_k) check_cu_seqlens(op, *cu_k, k.size(0));
+  ic::AttentionArgs args{};
+  args.q = attention_tensor(q);
+  args.k = attention_tensor(k);
+  args.v = attention_tensor(v);
+  args.out = attention_tensor(out);
+  args.lse = lse.data<float>();
+  args.cu_q = data_or_null<const int32_t>(cu_q);
+  args.cu_k = data_or_null<const int32_t>(cu_k);
+  args.slopes = data_or_null<const float>(slopes);
+  args.slopes_batch = slopes && slopes->ndim() == 2 ? slopes->stride(0) : 0;
+  args.sinks = data_or_null<const float>(sinks);
+  args.sequences = cu_q ? cu_q->size(0) - 1 : q.size(0);
+  args.queries = q.size(-3);
+  args.keys = k.size(-3);
+  args.heads = q.size(-2);
+  args.kv_heads = k.size(-2);
+  args.dim = q.size(-1);
+  args.left = left < 0 ? ic::kAttentionUnbounded : left;
+  args.right = causal ? 0 : right < 0 ? ic::kAttentionUnbounded : right;
+  args.scale = scale;
+  args.softcap = softcap;
+  args.dtype = q.dtype();
+  args.kv_dtype = k.dtype();
+  args.workspace = workspace.data<float>();
+  args.threads = threads;
+  return args;
+}
+
+const char* attention_name(const OptionalView& cu_q) {
+  return cu_q ? "attention_varlen" : "attention";
+}
+
+// (floats of scratch per thread forward, backward, keys of a backward task, its query rows, padded
+// dim)
+py::tuple attention_plan(int64_t dim) {
+  const ic::AttentionPlan p = ic::attention_plan(dim);
+  return py::make_tuple(p.forward_floats, p.backward_floats, p.back_keys, p.back_rows, p.padded);
+}
+
+void attention(TensorView q, TensorView k, TensorView v, OptionalView cu_q, OptionalView cu_k,
+               OptionalView slopes, OptionalView sinks, TensorView out, TensorView lse,
+               TensorView workspace, bool causal, float scale, int64_t left, int64_t right,
+               float softcap, int threads) {
+  const char* op = attention_name(cu_q);
+  run_on_cpu(op, q, ic::attention_cpu,
+             attention_args(op, q, k, v, cu_q, cu_k, slopes, sinks, out, lse, workspace, causal,
+                            scale, left, right, softcap, threads));
+}
+
+void attention_backward(TensorView q, TensorView k, TensorView v, OptionalView cu_q,
+                        OptionalView cu_k, OptionalView slopes, OptionalView sinks, TensorView out,
+                        TensorView lse, TensorView grad_out, OptionalView grad_lse,
+                        TensorView grad_q, TensorView grad_k, TensorView grad_v,
+                        OptionalView grad_sinks, TensorView workspace, TensorView sums,
+                        TensorView turns, bool causal, float scale, int64_t left, int64_t right,
+                        float softcap, int threads) {
+  ic::AttentionBackwardArgs args{};
+  const char* op = attention_name(cu_q);
+  args.forward = attention_args(op, q, k, v, cu_q, cu_k, slopes, sinks, out, lse, workspace, causal,
+                                scale, left, right, softcap, threads);
+  args.grad_out = attention_tensor(grad_out);
+  args.grad_q = attention_tensor(grad_q);
+  args.grad_k = attention_tensor(grad_k);
+  args.grad_v = attention_tensor(grad_v);
+  args.grad_lse = data_or_null<const float>(grad_lse);
+  args.grad_sinks = data_or_null<float>(grad_sinks);
+  args.sums = sums.data<float>();
+  args.turns = turns.data<int32_t>();
+  args.turns_size = turns.numel();
+  if (cu_k && turns.numel() == 0 && !q.is_cuda()) {
+    const int32_t* cu = args.forward.cu_k;
+    const int64_t most = ic::attention_plan(args.forward.dim).back_keys;
+    for (int64_t b = 0; b < args.forward.sequences; ++b)
+      IC_CHECK(cu[b + 1] - cu[b] <= most, op,
+               ": sequences must have at most max_seqlen_k keys, got ", cu[b + 1] - cu[b],
+               " in sequence ", b);
+  }
+  run_on_cpu(op, q, ic::attention_backward_cpu, args);
+}
+
+// Every block that a sequence uses, or will with its new tokens, must exist; positions must have
+// angles.
+void check_pages(const TensorView& block_table, const TensorView& cache_seqlens,
+                 const TensorView& cu_q, const OptionalView& k_new, const OptionalView& cos,
+                 int64_t blocks, int64_t block_size) {
+  const int32_t *table = block_table.data<const int32_t>(),
+                *held = cache_seqlens.data<const int32_t>();
+  const int32_t* cu = cu_q.data<const int32_t>();
+  for (int64_t b = 0; b < cache_seqlens.size(0); ++b) {
+    const int64_t tokens = held[b] + (k_new ? cu[b + 1] - cu[b] : 0);
+    IC_CHECK(held[b] >= 0, "attention_paged_: cache_seqlens must be 0 or more, got ", held[b],
+             " at ", b);
+    IC_CHECK(tokens <= block_table.size(1) * block_size, "attention_paged_: sequence ", b,
+             " must fit its ", block_table.size(1), " blocks of ", block_size, ", got ", tokens,
+             " tokens");
+    for (int64_t i = 0; i * block_size < tokens; ++i) {
+      const int32_t block = table[b * block_table.stride(0) + i];
+      IC_CHECK(block >= 0 && block < blocks, "attention_paged_: block_table must be within 0..",
+               blocks - 1, " where tokens are, got ", block, " at (", b, ", ", i, ")");
+    }
+    IC_CHECK(!cos || tokens <= cos->size(0), "attention_paged_: cos and sin must reach position ",
+             tokens - 1, ", got ", cos ? cos->size(0) : 0, " rows");
+  }
+}
+
+void attention_paged(TensorView q, TensorView k_cache, TensorView v_cache, TensorView block_table,
+                     TensorView cache_seqlens, TensorView cu_q, OptionalView k_new,
+                     OptionalView v_new, OptionalView cos, OptionalView sin, OptionalView slopes,
+                     OptionalView sinks, TensorView out, TensorView lse, TensorView workspace,
+                     bool interleaved, bool causal, float scale, int64_t left, int64_t right,
+                     float softcap, int threads) {
+  ic::AttentionArgs args =
+      attention_args("attention_paged_", q, k_cache, v_cache, cu_q, std::nullopt, slopes, sinks,
+                     out, lse, workspace, causal, scale, left, right, softcap, threads);
+  if (!q.is_cuda())
+    check_pages(block_table, cache_seqlens, cu_q, k_new, cos, k_cache.size(0), k_cache.size(1));
+  ic::AttentionPages& pages = args.pages;
+  pages.block_table = block_table.data<const int32_t>();
+  pages.cache_seqlens = cache_seqlens.data<const int32_t>();
+  pages.table_row = block_table.stride(0);
+  pages.block_size = k_cache.size(1);
+  pages.k_block = k_cache.stride(0);
+  pages.v_block = v_cache.stride(0);
+  pages.k_new = attention_tensor(k_new);
+  pages.v_new = attention_tensor(v_new);
+  pages.cos = data_or_null<const float>(cos);
+  pages.sin = data_or_null<const float>(sin);
+  pages.interleaved = interleaved;
+  run_on_cpu("attention_paged_", q, ic::attention_cpu, args);
 }
 
 // ---- gae ----
@@ -231,6 +385,24 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("set_isa", &set_isa, py::arg("name"));
   m.def("isa_levels", &isa_levels);
+
+  m.def("attention_plan", &attention_plan, py::arg("dim"));
+  m.def("attention", &attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("cu_q"),
+        py::arg("cu_k"), py::arg("slopes"), py::arg("sinks"), py::arg("out"), py::arg("lse"),
+        py::arg("workspace"), py::arg("causal"), py::arg("scale"), py::arg("left"),
+        py::arg("right"), py::arg("softcap"), py::arg("threads"));
+  m.def("attention_backward", &attention_backward, py::arg("q"), py::arg("k"), py::arg("v"),
+        py::arg("cu_q"), py::arg("cu_k"), py::arg("slopes"), py::arg("sinks"), py::arg("out"),
+        py::arg("lse"), py::arg("grad_out"), py::arg("grad_lse"), py::arg("grad_q"),
+        py::arg("grad_k"), py::arg("grad_v"), py::arg("grad_sinks"), py::arg("workspace"),
+        py::arg("sums"), py::arg("turns"), py::arg("causal"), py::arg("scale"), py::arg("left"),
+        py::arg("right"), py::arg("softcap"), py::arg("threads"));
+  m.def("attention_paged", &attention_paged, py::arg("q"), py::arg("k_cache"), py::arg("v_cache"),
+        py::arg("block_table"), py::arg("cache_seqlens"), py::arg("cu_q"), py::arg("k_new"),
+        py::arg("v_new"), py::arg("cos"), py::arg("sin"), py::arg("slopes"), py::arg("sinks"),
+        py::arg("out"), py::arg("lse"), py::arg("workspace"), py::arg("interleaved"),
+        py::arg("causal"), py::arg("scale"), py::arg("left"), py::arg("right"), py::arg("softcap"),
+        py::arg("threads"));
 
   m.def("gae", &gae, py::arg("rewards"), py::arg("values"), py::arg("mask"), py::arg("cu_seqlens"),
         py::arg("dones"), py::arg("bootstrap"), py::arg("advantages"), py::arg("returns"),

@@ -8,7 +8,12 @@
 #include <stdint.h>
 
 #if defined(__x86_64__)
+// GCC 12 takes the undefined vectors inside its own intrinsics for mistakes of the caller.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 #include "dtype.h"
@@ -70,7 +75,8 @@ IC_BINARY(VecInt, Mask, ==)
 
 IC_INLINE Vec broadcast(float x) {
   Vec r;
-  IC_EACH_PART r.part[p] = NativeFloat{} + x;
+  IC_EACH_PART r.part[p] =
+      x - NativeFloat{};  // not 0 + x, which changes -0 and so stays an addition
   return r;
 }
 
@@ -103,20 +109,21 @@ IC_INLINE Vec max(Vec a, Vec b) { return select(a > b, a, b); }
 IC_INLINE Vec min(Vec a, Vec b) { return select(a < b, a, b); }
 
 // a * b + c, rounded once (twice where the machine has no fused multiply-add).
-IC_INLINE Vec fma(Vec a, Vec b, Vec c) {
-  Vec r;
+IC_INLINE NativeFloat fma(NativeFloat a, NativeFloat b, NativeFloat c) {
 #if defined(__AVX512F__)
-  r.part[0] = (NativeFloat)_mm512_fmadd_ps((__m512)a.part[0], (__m512)b.part[0], (__m512)c.part[0]);
+  return (NativeFloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__FMA__)
-  IC_EACH_PART r.part[p] =
-      (NativeFloat)_mm256_fmadd_ps((__m256)a.part[p], (__m256)b.part[p], (__m256)c.part[p]);
+  return (NativeFloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #elif defined(__aarch64__)
-  IC_EACH_PART for (int i = 0; i < kNativeLanes; ++i) r.part[p][i] =
-      __builtin_fmaf(a.part[p][i], b.part[p][i], c.part[p][i]);
+  for (int i = 0; i < kNativeLanes; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
 #else
-  IC_EACH_PART r.part[p] = a.part[p] * b.part[p] + c.part[p];
+  return a * b + c;
 #endif
-  return r;
+}
+IC_INLINE Vec fma(Vec a, Vec b, Vec c) {
+  IC_EACH_PART c.part[p] = fma(a.part[p], b.part[p], c.part[p]);
+  return c;
 }
 
 IC_INLINE VecInt bits(Vec a) {
@@ -148,23 +155,58 @@ IC_INLINE Vec int_to_float(VecInt a) {
 }
 
 // The tree is the same on every level: lane i meets i + 8, then i + 4, i + 2, i + 1.
+using Lanes = float __attribute__((vector_size(4 * kLanes)));
+
+IC_INLINE Lanes lanes_of(Vec a) {
+  Lanes r;
+  __builtin_memcpy(&r, &a, sizeof r);
+  return r;
+}
+
 template <class Combine>
 IC_INLINE float reduce(Vec a, Combine combine) {
-  float lane[kLanes];
-  __builtin_memcpy(lane, &a, sizeof lane);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lane[i] = combine(lane[i], lane[i + width]);
-  return lane[0];
+  const Lanes x = lanes_of(a);
+  const auto y = combine(__builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7),
+                         __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15));
+  auto z =
+      combine(__builtin_shufflevector(y, y, 0, 1, 2, 3), __builtin_shufflevector(y, y, 4, 5, 6, 7));
+  z = combine(z, __builtin_shufflevector(z, z, 2, 3, 0, 1));
+  return combine(z, __builtin_shufflevector(z, z, 1, 0, 3, 2))[0];
 }
 
 IC_INLINE float reduce_add(Vec a) {
-  return reduce(a, [](float x, float y) __attribute__((always_inline)) { return x + y; });
+  return reduce(a, [](auto x, auto y) __attribute__((always_inline)) { return x + y; });
 }
 IC_INLINE float reduce_max(Vec a) {
-  return reduce(a, [](float x, float y) __attribute__((always_inline)) { return x > y ? x : y; });
+  return reduce(a, [](auto x, auto y) __attribute__((always_inline)) { return x > y ? x : y; });
 }
 IC_INLINE float reduce_min(Vec a) {
-  return reduce(a, [](float x, float y) __attribute__((always_inline)) { return x < y ? x : y; });
+  return reduce(a, [](auto x, auto y) __attribute__((always_inline)) { return x < y ? x : y; });
+}
+
+// Rows become columns: four rounds, each of which deals row i and row i + 8 out to rows 2i and 2i
+// + 1.
+IC_INLINE void transpose(Vec (&rows)[kLanes]) {
+  Lanes a[kLanes], b[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) a[i] = lanes_of(rows[i]);
+  const auto deal = [](const Lanes(&from)[kLanes],
+                       Lanes(&to)[kLanes]) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; ++i) {
+      const Lanes x = from[i], y = from[i + kLanes / 2];
+      to[2 * i] =
+          __builtin_shufflevector(x, y, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      to[2 * i + 1] = __builtin_shufflevector(x, y, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29,
+                                              14, 30, 15, 31);
+    }
+  };
+  deal(a, b);
+  deal(b, a);
+  deal(a, b);
+  deal(b, a);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) __builtin_memcpy(&rows[i], &a[i], sizeof a[i]);
 }
 
 // ---- memory: n lanes (0..16) of an element type as floats and back, rounded to nearest even ----
@@ -297,6 +339,23 @@ IC_INLINE Vec exp(Vec x) {
          from_bits(shift_left(exponent - half + bias, 23));
 }
 
+// e^x for x up to 88, at two thirds of exp's cost; 0 where it would not be a normal number (below
+// -87). One step of reduction: ln 2 to float32 is off by 2e-9 for each power of two.
+IC_INLINE Vec exp_normal(Vec x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec shifted = fma(x, broadcast(0x1.715476p+0f), broadcast(kRound));
+  const Vec r = fma(shifted - broadcast(kRound), broadcast(-0x1.62e430p-1f), x);
+  Vec q = broadcast(0x1.6a23cep-10f);
+  q = fma(q, r, broadcast(0x1.123a20p-7f));
+  q = fma(q, r, broadcast(0x1.5558f2p-5f));
+  q = fma(q, r, broadcast(0x1.555492p-3f));
+  q = fma(q, r, broadcast(0x1.fffffcp-2f));
+  q = fma(q, r, broadcast(1.0f));
+  q = fma(q, r, broadcast(1.0f));
+  const Vec power = from_bits(shift_left(bits(shifted), 23) + broadcast_int(0x3f800000));
+  return select(x < broadcast(-87.0f), broadcast(0.0f), q * power);
+}
+
 // ln x for normal x > 0 (0 and denormals give about -88). With m in [sqrt(1/2), sqrt(2)) and
 // s = (m - 1) / (m + 1): ln m = 2 atanh(s), its series to s^9.
 IC_INLINE Vec log(Vec x) {
@@ -314,6 +373,21 @@ IC_INLINE Vec log(Vec x) {
   // 2s = f - s f exactly enough: the leading term keeps f's full precision.
   const Vec tail = fma(s * z, q, fma(e, broadcast(0x1.7f7d1cp-20f), s * (broadcast(0.0f) - f)));
   return fma(e, broadcast(0x1.62e400p-1f), f + tail);
+}
+
+// Cephes' tanhf: an odd polynomial below 0.625, 1 - 2 / (e^2x + 1) above.
+IC_INLINE Vec tanh(Vec x) {
+  const Vec z = x * x, one = broadcast(1.0f);
+  Vec q = broadcast(-5.70498872745e-3f);
+  q = fma(q, z, broadcast(2.06390887954e-2f));
+  q = fma(q, z, broadcast(-5.37397155531e-2f));
+  q = fma(q, z, broadcast(1.33314422036e-1f));
+  q = fma(q, z, broadcast(-3.33332819422e-1f));
+  const Vec small = fma(q * z, x, x);
+  const VecInt sign = bits(x) & broadcast_int(INT32_MIN);
+  const Vec size = from_bits(bits(x) ^ sign);
+  const Vec large = one - broadcast(2.0f) / (exp(size + size) + one);
+  return select(size > broadcast(0.625f), from_bits(bits(large) | sign), small);
 }
 
 #undef IC_EACH_PART

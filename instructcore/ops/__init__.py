@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+from .attention import (
+    attention,
+    attention_paged_,
+    attention_paged_reference,
+    attention_reference,
+    attention_varlen,
+    attention_varlen_reference,
+)
 from .gae import gae, gae_reference
 from .ppo_advantage import (
     PPOTargets,
@@ -15,6 +23,12 @@ from .ppo_loss import PPOStats, ppo_loss, ppo_loss_reference
 __all__ = [
     "PPOStats",
     "PPOTargets",
+    "attention",
+    "attention_paged_",
+    "attention_paged_reference",
+    "attention_reference",
+    "attention_varlen",
+    "attention_varlen_reference",
     "gae",
     "gae_reference",
     "ppo_advantage",

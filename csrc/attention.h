@@ -1,0 +1,97 @@
+// attention: fused softmax attention (Dao et al. 2022, arXiv:2205.14135), dense, packed or over a
+// paged cache.
+//
+//   logit(t, s) = softcap(scale q[t] . k[s]) - slope |t + S - T - s|,  softcap(x) = c tanh(x / c)
+//   query t sees keys t + S - T - left .. t + S - T + right, as far as they are in 0 .. S - 1
+//   lse[t] = log(sum over visible s of e^logit + e^sink),  p = e^(logit - lse),  out[t] = sum of p
+//   v[s] backward, given dout and dlse:  delta = dout . out - dlse
+//     dv[s] = sum of p dout[t],  dlogit = p (dout[t] . v[s] - delta[t]),  dsink = -sum of e^(sink -
+//     lse) delta
+// A row without a visible key: out 0, lse the sink or -inf, no gradient. Masked pairs are left out
+// by selection, so NaN behind the mask stays there. Math in float32 whatever the element type.
+#pragma once
+
+#include <stdint.h>
+
+#include "dtype.h"
+#include "isa.h"
+
+namespace ic {
+
+// A (batch, tokens, heads, D) or packed (N, heads, D) tensor; strides in elements, D's is 1.
+struct AttentionTensor {
+  void* data;
+  int64_t batch, token, head;  // batch: 0 when packed
+};
+
+// Keys and values held in blocks, and what this call appends to them.
+struct AttentionPages {
+  const int32_t* block_table;    // (B, table_row): the blocks of each sequence; null: no pages
+  const int32_t* cache_seqlens;  // (B,): tokens held before the append
+  int64_t table_row, block_size, k_block, v_block;  // strides of a block, in elements
+  AttentionTensor k_new,
+      v_new;               // (N, K, D) of q's dtype, aligned with q; null data: nothing to append
+  const float *cos, *sin;  // (positions, D / 2): turn q and k_new; null: as they are
+  bool interleaved;        // pairs are (2i, 2i + 1), not (i, i + D / 2)
+};
+
+struct AttentionArgs {
+  AttentionTensor q, k, v, out;  // with pages, k and v are the caches: token is a row of a block
+  float* lse;                    // (B, H, T), or (H, N) when packed; contiguous
+  const int32_t *cu_q, *cu_k;    // (B + 1,): packed sequences; null: dense. Pages: cu_q only.
+  const float* slopes;           // (H,) or (B, H) with slopes_batch = H; null: none
+  int64_t slopes_batch;
+  const float* sinks;  // (H,); null: none
+  AttentionPages pages;
+  int64_t sequences, queries, keys;  // B, T, S; when packed T and S are the rows of q and k
+  int64_t heads, kv_heads, dim;
+  int64_t left, right;  // keys besides the diagonal one; kAttentionUnbounded: all
+  float scale, softcap;
+  Dtype dtype, kv_dtype;
+  float* workspace;  // attention_plan(dim) floats per thread, then one int32 per thread
+  int threads;
+};
+constexpr int64_t kAttentionUnbounded = int64_t{1} << 40;
+constexpr int64_t kAttentionMaxDim = 256;
+
+struct AttentionBackwardArgs {
+  AttentionArgs forward;  // with its out and lse; workspace as for the backward
+  AttentionTensor grad_out, grad_q, grad_k, grad_v;
+  const float* grad_lse;  // like lse; null: 0
+  float* grad_sinks;      // (H,); null: not wanted
+  // Where a sequence has more than plan.keys keys: its queries' gradient summed over blocks of
+  // keys, (queries of all sequences, H, padded dim), and a zeroed counter for each block of query
+  // rows.
+  float* sums;
+  int32_t* turns;
+  int64_t turns_size;
+};
+
+// How a head is cut, and the scratch it takes: constants of the head dim, so that bits depend on
+// nothing else.
+struct AttentionPlan {
+  int64_t padded;                // dim rounded up to whole vectors
+  int64_t rows, keys;            // forward: query rows of a task at most; keys of a block
+  int64_t back_rows, back_keys;  // backward: query rows of a block, keys of a task
+  int64_t forward_floats, backward_floats;  // scratch of one thread
+};
+
+constexpr AttentionPlan attention_plan(int64_t dim) {
+  AttentionPlan p{};
+  p.padded = (dim + 15) / 16 * 16;
+  p.keys = 256;
+  p.rows = p.padded <= 64 ? 384 : 24576 / p.padded / 48 * 48;
+  p.back_rows = 96;
+  p.back_keys = p.padded <= 64 ? 256 : 16384 / p.padded / 16 * 16;
+  // keys transposed, values; queries, outputs, row sums and maxima; a tile of logits
+  p.forward_floats = 2 * p.keys * p.padded + p.rows * (2 * p.padded + 16 + 1) + 8 * p.keys;
+  // keys and values transposed, keys, two gradients; queries, dout, dq, lse and delta; p and dlogit
+  p.backward_floats = 5 * p.back_keys * p.padded + p.back_rows * (3 * p.padded + 2) +
+                      2 * p.back_rows * (p.back_keys + 48);
+  return p;
+}
+
+IC_CPU_KERNEL(attention_cpu, AttentionArgs)
+IC_CPU_KERNEL(attention_backward_cpu, AttentionBackwardArgs)
+
+}  // namespace ic

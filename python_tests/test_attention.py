@@ -1,0 +1,601 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tolerance import assert_close, assert_same_bits
+
+from instructcore.ops import (
+    attention,
+    attention_paged_,
+    attention_paged_reference,
+    attention_reference,
+    attention_varlen,
+    attention_varlen_reference,
+)
+
+NAN = float("nan")
+
+# (B, T, S, H, K, D) and why
+SHAPES = {
+    (1, 1, 33, 2, 2, 8): "one query, the smallest head dim, half a vector",
+    (2, 7, 7, 2, 1, 24): "a vector and a half; grouped heads",
+    (1, 64, 64, 4, 2, 32): "the pipeline's head dim",
+    (2, 50, 97, 3, 3, 64): "more keys than queries, odd",
+    (1, 97, 50, 6, 2, 16): "rows without a key when causal",
+    (1, 300, 300, 2, 2, 80): "more than one block of keys, head dim past a panel's depth",
+    (1, 25, 270, 2, 1, 256): "the largest head dim",
+    (2, 5, 0, 2, 2, 8): "no keys",
+    (2, 0, 5, 2, 2, 8): "no queries",
+    (0, 5, 5, 2, 2, 8): "no sequences",
+}
+OPTIONS = {
+    "causal": {},
+    "full": {"causal": False},
+    "window": {"window": (20, 3)},
+    "right_window": {"causal": False, "window": (None, 7), "scale": -0.3},
+    "left_window": {"causal": False, "window": (40, 0)},
+    "softcap": {"softcap": 2.0, "scale": 0.4},
+    "alibi": {"alibi": 1},
+    "alibi_per_row": {"alibi": 2, "causal": False},
+    "sinks": {"sinks": True},
+    "everything": {"softcap": 3.0, "alibi": 1, "sinks": True, "window": (33, 5), "causal": False},
+}
+
+
+def inputs(shape, dtype=torch.float32, device="cpu", layout="contiguous"):
+    batch, queries, keys, heads, kv_heads, dim = shape
+    tensors = []
+    for rows, n in ((queries, heads), (keys, kv_heads), (keys, kv_heads)):
+        if layout == "heads_first":
+            x = torch.randn(batch, n, rows, dim).transpose(1, 2)
+        elif layout == "slice":
+            x = torch.randn(batch, rows, n, dim + 8)[..., 8:]
+        else:
+            x = torch.randn(batch, rows, n, dim)
+        tensors.append(x.to(dtype).to(device))
+    return tensors
+
+
+def settings(name, shape, device="cpu"):
+    batch, heads = shape[0], shape[3]
+    options = dict(OPTIONS[name])
+    alibi, sinks = options.pop("alibi", 0), options.pop("sinks", False)
+    if alibi:
+        options["alibi_slopes"] = 0.3 * torch.rand((heads,) if alibi == 1 else (batch, heads))
+    if sinks:
+        options["sinks"] = torch.randn(heads)
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+
+
+def cast(options, dtype):
+    return {k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+
+
+def check_forward(q, k, v, options, op=attention, reference=attention_reference, more=()):
+    out, lse = op(q, k, v, *more, **options, return_lse=True)
+    assert out.dtype == q.dtype and lse.dtype == torch.float32
+    native = reference(q, k, v, *more, **cast(options, q.dtype), return_lse=True)
+    double = (x.double() for x in (q, k, v))
+    truth = reference(*double, *more, **cast(options, torch.float64), return_lse=True)
+    assert_close(out, native[0], truth[0], name="out")
+    assert_close(lse, native[1].float(), truth[1], name="lse")
+
+
+def test_known_values(device):
+    # T = S = 2, one head, D = 8: the logits of query 1 are 0 and log 3, so its weights 1/4 and 3/4.
+    q, k, v = (torch.zeros(1, 2, 1, 8, device=device) for _ in range(3))
+    q[0, 1, 0, 0], k[0, 1, 0, 0] = 1.0, torch.log(torch.tensor(3.0))
+    v[0, :, 0, 1] = torch.tensor([4.0, 8.0])
+    out, lse = attention(q, k, v, scale=1.0, return_lse=True)
+    assert out[0, 0, 0].tolist() == [0, 4, 0, 0, 0, 0, 0, 0]
+    assert out[0, 1, 0, 1].item() == pytest.approx(0.25 * 4 + 0.75 * 8)
+    assert lse[0, 0].tolist() == pytest.approx([0.0, 1.3862944], abs=1e-6)  # log 1, log 4
+    # A sink of log 4 is as heavy as both keys together.
+    sinks = torch.full((1,), 1.3862944, device=device)
+    out, lse = attention(q, k, v, scale=1.0, sinks=sinks, return_lse=True)
+    assert out[0, 1, 0, 1].item() == pytest.approx(3.5)
+    assert lse[0, 0, 1].item() == pytest.approx(2.0794415)  # log 8
+    # Slope log 2 halves key 0, one step away: weights 1/7 and 6/7.
+    slopes = torch.full((1,), 0.6931472, device=device)
+    out = attention(q, k, v, scale=1.0, alibi_slopes=slopes)
+    assert out[0, 1, 0, 1].item() == pytest.approx(4 / 7 + 8 * 6 / 7)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_reference(device, shape, name, isa):
+    check_forward(*inputs(shape, device=device), settings(name, shape, device))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "heads_first", "slice"])
+@pytest.mark.parametrize("shape", [(2, 50, 97, 4, 2, 24), (1, 70, 70, 2, 2, 64)], ids=str)
+def test_matches_reference_in_every_dtype_and_layout(device, dtype, shape, layout, isa):
+    for name in ("causal", "everything"):
+        check_forward(*inputs(shape, dtype, device, layout), settings(name, shape, device))
+
+
+def gradients(op, q, k, v, options, grad_out, grad_lse, more=()):
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    leaves = [q, k, v]
+    if options.get("sinks") is not None:
+        options = {**options, "sinks": options["sinks"].detach().requires_grad_()}
+        leaves.append(options["sinks"])
+    out, lse = op(q, k, v, *more, **options, return_lse=True)
+    seen = lse > -torch.inf
+    total = (out * grad_out.to(out.dtype)).sum()
+    if grad_lse is not None:
+        total = total + (lse[seen] * grad_lse[seen].to(lse.dtype)).sum()
+    return torch.autograd.grad(total, leaves)
+
+
+def check_gradients(
+    q, k, v, options, op=attention, reference=attention_reference, more=(), through_lse=True
+):
+    grad_out = torch.randn(q.shape).to(q)
+    lse = reference(q, k, v, *more, **cast(options, q.dtype), return_lse=True)[1]
+    grad_lse = torch.randn(lse.shape).to(q.device) if through_lse else None
+    ours = gradients(op, q, k, v, options, grad_out, grad_lse, more)
+    native = gradients(reference, q, k, v, cast(options, q.dtype), grad_out, grad_lse, more)
+    double = [x.double() for x in (q, k, v)]
+    truth = gradients(
+        reference, *double, cast(options, torch.float64), grad_out.double(), grad_lse, more
+    )
+    for a, c in zip(ours, truth, strict=True):
+        assert a.shape == c.shape and a.isfinite().all()
+    # As one vector: the worst of torch's errors over a handful of elements is a matter of luck.
+    vectors = (torch.cat([x.flatten().double() for x in grads]) for grads in (ours, native, truth))
+    assert_close(*vectors, dtype=q.dtype, name="gradients")
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("shape", [s for s in SHAPES if 256 not in s], ids=str)
+def test_gradients(device, shape, name):
+    check_gradients(*inputs(shape, device=device), settings(name, shape, device))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "heads_first"])
+def test_gradients_in_every_dtype_and_layout(device, dtype, layout, isa):
+    shape = (2, 50, 97, 4, 2, 24)
+    for name, through_lse in (("causal", False), ("everything", True)):
+        check_gradients(
+            *inputs(shape, dtype, device, layout),
+            settings(name, shape, device),
+            through_lse=through_lse,
+        )
+
+
+def test_gradients_across_blocks_of_keys(device):
+    shape = (1, 600, 530, 2, 1, 128)  # five tasks add to the same queries, in turn
+    for name in ("causal", "left_window"):
+        check_gradients(*inputs(shape, device=device), settings(name, shape, device))
+
+
+LENGTHS_Q, LENGTHS_K = [5, 0, 1, 70, 12, 3], [5, 4, 0, 70, 300, 1]
+
+
+def packed(dtype=torch.float32, device="cpu", heads=4, kv_heads=2, dim=32, same=False):
+    """q, k, v, cu_seqlens_q, cu_seqlens_k, with a few rows before and after all sequences."""
+    cu_q = torch.tensor([2, *LENGTHS_Q]).cumsum(0)
+    cu_k = cu_q if same else torch.tensor([1, *LENGTHS_K]).cumsum(0)
+    rows_q, rows_k = int(cu_q[-1]) + 3, int(cu_k[-1]) + 2
+    rows_k = rows_q if same else rows_k
+    q = torch.randn(rows_q, heads, dim).to(dtype)
+    k, v = (torch.randn(rows_k, kv_heads, dim).to(dtype) for _ in range(2))
+    return tuple(x.to(device) for x in (q, k, v, cu_q.int(), cu_k.int()))
+
+
+@pytest.mark.parametrize("name", ["causal", "full", "everything", "alibi_per_row"])
+def test_varlen_matches_reference(device, dtype, name):
+    q, k, v, cu_q, cu_k = packed(dtype, device)
+    options = settings(name, (len(LENGTHS_Q), 0, 0, 4, 2, 32), device)
+    check_forward(q, k, v, options, attention_varlen, attention_varlen_reference, more=(cu_q, cu_k))
+
+
+@pytest.mark.parametrize("name", ["causal", "everything"])
+def test_varlen_gradients(device, name):
+    q, k, v, cu_q, cu_k = packed(device=device)
+    options = settings(name, (len(LENGTHS_Q), 0, 0, 4, 2, 32), device)
+    check_gradients(
+        q, k, v, options, attention_varlen, attention_varlen_reference, more=(cu_q, cu_k)
+    )
+
+
+def test_varlen_equals_each_sequence_alone(device):
+    q, k, v, cu_q, cu_k = packed(device=device)
+    grad = torch.randn_like(q)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, lse = attention_varlen(q, k, v, cu_q, cu_k, return_lse=True)
+    grads = torch.autograd.grad(out, leaves, grad)
+    for b in range(len(LENGTHS_Q)):
+        rows = slice(int(cu_q[b]), int(cu_q[b + 1]))
+        keys = slice(int(cu_k[b]), int(cu_k[b + 1]))
+        alone, alone_lse = attention(q[None, rows], k[None, keys], v[None, keys], return_lse=True)
+        assert_same_bits(out[rows], alone[0])
+        assert_same_bits(lse[:, rows], alone_lse[0])
+        expected = torch.autograd.grad(alone, leaves, grad[None, rows])
+        for part, whole, alone in zip((rows, keys, keys), grads, expected, strict=True):
+            assert_same_bits(whole[part], alone[part])
+
+
+def test_rows_of_no_sequence_are_zero(device):
+    q, k, v, cu_q, cu_k = packed(device=device)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, lse = attention_varlen(q, k, v, cu_q, cu_k, return_lse=True)
+    grads = torch.autograd.grad(out, leaves, torch.full_like(out, NAN))
+    for x, cu in ((out, cu_q), (grads[0], cu_q), (grads[1], cu_k), (grads[2], cu_k)):
+        assert x[: cu[0]].eq(0).all() and x[cu[-1] :].eq(0).all()
+    assert lse[:, cu_q[-1] :].eq(-torch.inf).all()
+
+
+def test_rows_without_keys(device):
+    q, k, v = inputs((1, 5, 3, 2, 2, 16), device=device)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    for sinks in (None, torch.tensor([0.5, -1.0], device=device)):
+        out, lse = attention(q, k, v, sinks=sinks, return_lse=True)
+        blind = [-torch.inf] * 2 if sinks is None else sinks.tolist()
+        assert out[0, :2].eq(0).all() and lse[0, :, 0].tolist() == blind
+        grad_out, grad_lse = torch.ones_like(out), torch.ones_like(lse)
+        grad_out[0, :2] = NAN  # a gradient that goes nowhere
+        grads = torch.autograd.grad((out, lse), leaves, (grad_out, grad_lse))
+        assert grads[0][0, :2].eq(0).all()
+        assert all(g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize("poison", [NAN, float("inf"), -float("inf")])
+def test_hidden_values_do_not_leak(device, poison, isa):
+    q, k, v = inputs((1, 40, 40, 4, 2, 32), device=device)
+    grad = torch.randn_like(q)
+
+    def run(last, **options):  # what the first 20 queries get, and give
+        parts = [torch.cat([x[:, :20], last(x[:, 20:])], 1).requires_grad_() for x in (q, k, v)]
+        out, lse = attention(*parts, **options, return_lse=True)
+        grad_out = torch.cat([grad[:, :20], torch.zeros_like(grad[:, 20:])], 1)
+        dq, _, _ = torch.autograd.grad(out, parts, grad_out)
+        return out[:, :20], lse[..., :20], dq[:, :20]
+
+    for clean, dirty in zip(
+        run(lambda x: x), run(lambda x: torch.full_like(x, poison)), strict=True
+    ):
+        assert_same_bits(clean, dirty)
+    # To the left of a window: keys 0 .. 9 are hidden from queries 20 .. 39.
+    for name in "kv":
+        parts = {"q": q, "k": k.clone(), "v": v.clone()}
+        clean = attention(**parts, window=(10, 0))
+        parts[name][:, :10] = poison
+        assert_same_bits(clean[:, 20:], attention(**parts, window=(10, 0))[:, 20:])
+    # What is seen is shown.
+    v = v.clone()
+    v[0, 5] = NAN
+    out = attention(q, k, v)
+    assert out[:, 5:].isnan().all() and out[:, :5].isfinite().all()
+
+
+def test_deterministic(device, threads):
+    q, k, v = inputs((3, 130, 400, 4, 2, 64), device=device)
+    grad = torch.randn_like(q)
+    packs = packed(device=device)
+
+    def run():
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out, lse = attention(*leaves, return_lse=True)
+        short = attention_varlen(*packs)
+        return out, lse, short, *torch.autograd.grad(out, leaves, grad)
+
+    first = run()
+    for n in (1, 2, 3):
+        threads(n)
+        for a, b in zip(first, run(), strict=True):
+            assert_same_bits(a, b)
+
+
+def test_same_bits_with_and_without_avx512(device):
+    from instructcore import _C
+
+    levels = _C.isa_levels()
+    if device != "cpu" or "x86_64_v4" not in levels:
+        pytest.skip("no AVX-512 here")
+    q, k, v = inputs((2, 70, 300, 4, 2, 72))
+    results = []
+    for level in ("x86_64_v3", "x86_64_v4"):
+        _C.set_isa(level)
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out, lse = attention(*leaves, softcap=5.0, return_lse=True)
+        results.append((out, lse, *torch.autograd.grad(out, leaves, torch.ones_like(out))))
+    for a, b in zip(*results, strict=True):
+        assert_same_bits(a, b)
+
+
+def test_identities(device):
+    q, k, v = inputs((2, 90, 90, 4, 2, 64), device=device)
+    full, full_lse = attention(q, k, v, return_lse=True)
+    # Query t of a causal pass is a decode step over t + 1 keys, bit for bit; chunks of queries too.
+    for t in (0, 1, 15, 16, 63, 64, 89):
+        step, lse = attention(q[:, t : t + 1], k[:, : t + 1], v[:, : t + 1], return_lse=True)
+        assert_same_bits(step, full[:, t : t + 1])
+        assert_same_bits(lse, full_lse[..., t : t + 1])
+    chunk = attention(q[:, 40:77], k[:, :77], v[:, :77])
+    assert_same_bits(chunk, full[:, 40:77])
+    # One visible key: out is its value, exactly.
+    assert_same_bits(full[:, 0], v[:, 0].repeat_interleave(2, dim=1))
+    # A batch is its rows; grouped heads are repeated keys; a window over everything is none.
+    assert_same_bits(full[1:], attention(q[1:], k[1:], v[1:]))
+    repeated = attention(q, *(x.repeat_interleave(2, dim=2) for x in (k, v)))
+    assert_same_bits(full, repeated)
+    assert_same_bits(full, attention(q, k, v, window=(90, 90)))
+    # Halves of the keys merge through lse.
+    parts = [
+        attention(q, k[:, part], v[:, part], causal=False, return_lse=True)
+        for part in (slice(0, 30), slice(30, 90))
+    ]
+    whole, lse = attention(q, k, v, causal=False, return_lse=True)
+    merged = sum(out * (part_lse - lse).exp().transpose(1, 2)[..., None] for out, part_lse in parts)
+    assert torch.allclose(merged, whole, atol=2e-6)
+    # Weights add up to 1: values of 1 give 1, and the gradient of v adds up to that of out.
+    ones = torch.ones_like(v).requires_grad_()
+    out = attention(q, k, ones)
+    assert torch.allclose(out, torch.ones_like(out), atol=1e-6)
+    grad = torch.randn_like(out)
+    (dv,) = torch.autograd.grad(out, ones, grad)
+    assert torch.allclose(dv.sum((1, 2)), grad.sum((1, 2)), atol=1e-3)
+
+
+def paged(lengths, counts, dtype=torch.float32, cache_dtype=None, device="cpu", dim=32, size=8):
+    """Random caches that hold `lengths` tokens and `counts` queries to come, blocks shuffled."""
+    most = max(-(-(n + m) // size) for n, m in zip(lengths, counts, strict=True)) + 1
+    blocks = len(lengths) * most + 3
+    order = torch.randperm(blocks)[: len(lengths) * most].reshape(len(lengths), most)
+    table = torch.full((len(lengths), most), -1)
+    for b, (n, m) in enumerate(zip(lengths, counts, strict=True)):
+        used = -(-(n + m) // size)
+        table[b, :used] = order[b, :used]
+    caches = [torch.randn(blocks, size, 2, dim).to(cache_dtype or dtype) for _ in range(2)]
+    rows = sum(counts)
+    q = torch.randn(rows, 4, dim).to(dtype)
+    new = [torch.randn(rows, 2, dim).to(dtype) for _ in range(2)]
+    cu = torch.tensor([0, *counts]).cumsum(0).int()
+    held = torch.tensor(lengths, dtype=torch.int32)
+    tensors = [q, *caches, table.int(), held, cu]
+    return [x.to(device) for x in tensors], dict(zip(("k_new", "v_new"), new, strict=True))
+
+
+# tokens held and tokens new: decode steps, a first prefill, a chunk, nothing at all
+HELD, NEW = [17, 0, 31, 5, 8], [1, 20, 9, 0, 1]
+
+
+@pytest.mark.parametrize("cache_dtype", [None, torch.bfloat16], ids=["", "bfloat16_cache"])
+@pytest.mark.parametrize("turn", ["", "halves", "interleaved"])
+def test_paged_matches_reference(device, dtype, cache_dtype, turn):
+    arguments, new = paged(HELD, NEW, dtype, cache_dtype, device)
+    options = {**new, "sinks": torch.randn(4), "window": (25, 0)}
+    if turn:
+        angles = torch.rand(64, 16) * 6
+        options |= {"cos": angles.cos(), "sin": angles.sin(), "interleaved": turn == "interleaved"}
+    options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    results = []
+    for f, kind in (
+        (attention_paged_, dtype),
+        (attention_paged_reference, dtype),
+        (attention_paged_reference, torch.float64),
+    ):
+        q, k_cache, v_cache, *tables = arguments
+        # The float64 reference sees what rounding leaves in the caches.
+        caches = [x.clone() for x in (k_cache, v_cache)]
+        if kind == torch.float64:
+            attention_paged_reference(q, *caches, *tables, **options)
+            held = tables[1] + (tables[2][1:] - tables[2][:-1])
+            rotated = rotate_queries(q, tables, options)
+            out, lse = attention_paged_reference(
+                rotated.double(),
+                *(x.double() for x in caches),
+                tables[0],
+                held,
+                tables[2],
+                window=options["window"],
+                sinks=options["sinks"].double(),
+                return_lse=True,
+            )
+        else:
+            given = options if f is attention_paged_ else cast_sinks(options, dtype)
+            out, lse = f(q, *caches, *tables, **given, return_lse=True)
+        results.append((out, lse, *caches))
+    ours, native, truth = results
+    assert_close(ours[0], native[0], truth[0], name="out")
+    assert_close(ours[1], native[1].float(), truth[1], name="lse")
+    for a, b in zip(ours[2:], native[2:], strict=True):
+        assert_same_bits(a, b, "cache")
+
+
+def cast_sinks(options, dtype):
+    return {**options, "sinks": options["sinks"].to(dtype)}
+
+
+def rotate_queries(q, tables, options):
+    """q as the op rounds it after the turn: through the caches of a call that appends q itself."""
+    if "cos" not in options:
+        return q
+    _, held, cu = tables
+    most = int((held + cu[1:] - cu[:-1]).max())
+    table = torch.arange(len(held), dtype=torch.int32)[:, None]
+    cache = q.new_zeros(len(held), most, *q.shape[1:])
+    turn = {k: options[k] for k in ("cos", "sin", "interleaved")}
+    attention_paged_reference(q, cache, cache.clone(), table, held, cu, k_new=q, v_new=q, **turn)
+    rows = [cache[b, held[b] : held[b] + cu[b + 1] - cu[b]] for b in range(len(held))]
+    return torch.cat(rows)
+
+
+def test_paged_decode_equals_prefill_bit_for_bit(device, dtype):
+    tokens, dim = 45, 32
+    q, k, v = (x[0] for x in inputs((1, tokens, tokens, 4, 2, dim), dtype, device))
+    angles = torch.rand(tokens, dim // 2, device=device)
+    turn = {"cos": angles.cos(), "sin": angles.sin()}
+    table = torch.tensor([[3, 0, 5, 1, 2, 4]], dtype=torch.int32, device=device)
+
+    def play(cuts):
+        caches = [torch.full((6, 8, 2, dim), NAN, dtype=dtype, device=device) for _ in range(2)]
+        parts = []
+        for first, last in zip(cuts, cuts[1:], strict=False):
+            held = torch.tensor([first], dtype=torch.int32, device=device)
+            cu = torch.tensor([0, last - first], dtype=torch.int32, device=device)
+            rows = slice(first, last)
+            parts.append(
+                attention_paged_(
+                    q[rows], *caches, table, held, cu, k_new=k[rows], v_new=v[rows], **turn
+                )
+            )
+        return torch.cat(parts)
+
+    prefill = play([0, tokens])
+    assert_same_bits(prefill, play([0, 7, 8, 30, tokens]))
+    assert_same_bits(prefill, play(list(range(tokens + 1))))
+    # The same as a dense pass over turned queries and keys.
+    a, b = (x.float().chunk(2, -1) for x in (q, k))
+    cos, sin = (x[:, None] for x in turn.values())
+    turned = [
+        torch.cat([x * cos - y * sin, y * cos + x * sin], -1).to(dtype)[None] for x, y in (a, b)
+    ]
+    assert_same_bits(prefill, attention(*turned, v[None])[0])
+
+
+def test_paged_without_new_keys_reads_only(device):
+    arguments, _ = paged([9, 4], [2, 1], device=device)
+    before = [x.clone() for x in arguments[1:3]]
+    out = attention_paged_(*arguments)
+    native = attention_paged_reference(*arguments)
+    assert torch.allclose(out, native, atol=1e-6)
+    for a, b in zip(before, arguments[1:3], strict=True):
+        assert_same_bits(a, b)
+
+
+def test_opcheck_and_compile(device):
+    ops = torch.ops.instructcore
+    q, k, v = inputs((1, 5, 9, 4, 2, 16), device=device)
+    plain = (9, True, 0.25, -1, -1, 0.0)
+    checks = ("test_schema", "test_faketensor")
+    sinks = torch.randn(4, device=device)
+    torch.library.opcheck(
+        ops.attention.default, (q, k, v, None, None, None, sinks, *plain), test_utils=checks
+    )
+    out, lse = ops.attention(q, k, v, None, None, None, sinks, *plain)
+    saved = (q, k, v, out, lse, None, None, None, sinks)
+    torch.library.opcheck(
+        ops.attention_backward.default,
+        (torch.randn_like(out), torch.randn_like(lse), *saved, *plain),
+        test_utils=checks,
+    )
+    arguments, new = paged([5], [2], device=device)
+    torch.library.opcheck(
+        ops.attention_paged_.default,
+        (*arguments, *new.values(), None, None, None, None, False, *plain[1:]),
+        test_utils=checks,
+    )
+
+    cu = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
+    leaves = [x.requires_grad_() for x in inputs((1, 5, 5, 4, 2, 16), device=device)]
+
+    def model(q, k, v):
+        dense = attention(2 * q, k, v, window=(3, 0))
+        return dense[0] + attention_varlen(q[0], k[0], v[0], cu, cu)
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    a, b = compiled(*leaves), model(*leaves)
+    assert_same_bits(a, b)
+    for x, y in zip(
+        torch.autograd.grad(a.sum(), leaves), torch.autograd.grad(b.sum(), leaves), strict=True
+    ):
+        assert_same_bits(x, y)
+
+
+def test_autocast_and_double_backward(device):
+    q, k, v = (x.requires_grad_() for x in inputs((1, 5, 5, 2, 2, 16), device=device))
+    with torch.autocast(device, torch.bfloat16):
+        out = attention(q, k, v)
+    assert out.dtype == torch.bfloat16
+    assert_same_bits(out, attention(*(x.bfloat16() for x in (q, k, v))))
+    (dq,) = torch.autograd.grad(attention(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        dq.sum().backward()
+
+
+def test_rejects():
+    q, k, v = inputs((2, 3, 4, 4, 2, 16))
+
+    def call(q=q, k=k, v=v, **options):
+        return attention(q, k, v, **options)
+
+    with pytest.raises(TypeError, match="attention: q must be float32.*float64"):
+        call(q.double())
+    with pytest.raises(TypeError, match="attention: v must be torch.float32, got torch.bfloat16"):
+        call(v=v.bfloat16())
+    with pytest.raises(ValueError, match=r"attention: q must be \(B, tokens, heads, D\), got \(3,"):
+        call(q[0])
+    with pytest.raises(ValueError, match=r"attention: v must be \(2, 4, 2, 16\), got \(2, 3, 2"):
+        call(v=v[:, :3])
+    with pytest.raises(ValueError, match=r"attention: k must be \(2, 4, 2, 16\), got \(1, 4"):
+        call(k=k[:1], v=v[:1])
+    with pytest.raises(ValueError, match="attention: q's heads must be a multiple of k's"):
+        call(q[:, :, :3])
+    with pytest.raises(ValueError, match="attention: the head dim must be a multiple of 8 up to"):
+        call(*(x[..., :12] for x in (q, k, v)))
+    with pytest.raises(ValueError, match="attention: window must be"):
+        call(window=(-1, 0))
+    with pytest.raises(ValueError, match="attention: softcap must be 0"):
+        call(softcap=-1.0)
+    with pytest.raises(ValueError, match=r"attention: alibi_slopes must be \(4,\) or \(2, 4\)"):
+        call(alibi_slopes=torch.rand(2))
+    with pytest.raises(TypeError, match="attention: alibi_slopes must be torch.float32"):
+        call(alibi_slopes=torch.rand(4).double())
+    with pytest.raises(ValueError, match=r"attention: sinks must be \(4,\)"):
+        call(sinks=torch.rand(2))
+    with pytest.raises(ValueError, match="on cpu, got meta"):
+        call(k=k.to("meta"))
+
+    rows = (q[0], k[0], v[0])
+    for bad in ([0, 4], [2, 1], [-1, 3]):
+        cu = torch.tensor(bad, dtype=torch.int32)
+        with pytest.raises(RuntimeError, match="attention_varlen: cu_seqlens must"):
+            attention_varlen(*rows, cu, cu)
+    with pytest.raises(TypeError, match="attention_varlen: cu_seqlens_q must be torch.int32"):
+        attention_varlen(*rows, torch.tensor([0, 3]), torch.tensor([0, 3]))
+    with pytest.raises(ValueError, match=r"attention_varlen: cu_seqlens_k must be \(2,\)"):
+        cu = torch.tensor([0, 3], dtype=torch.int32)
+        attention_varlen(*rows, cu, cu[:1])
+    long = torch.randn(600, 2, 16, requires_grad=True)
+    cu = torch.tensor([0, 600], dtype=torch.int32)
+    out = attention_varlen(long, long, long, cu, cu, max_seqlen_k=5)
+    with pytest.raises(RuntimeError, match="at most max_seqlen_k keys, got 600"):
+        out.sum().backward()
+
+
+def test_paged_rejects():
+    arguments, new = paged([9, 4], [2, 1])
+
+    def call(at=None, value=None, **options):
+        changed = list(arguments)
+        if at is not None:
+            changed[at] = value
+        return attention_paged_(*changed, **{**new, **options})
+
+    table, held = arguments[3], arguments[4]
+    for bad in (-1, 1000):
+        broken = table.clone()
+        broken[0, 1] = bad
+        with pytest.raises(
+            RuntimeError, match=rf"block_table must be within .* got {bad} at \(0, 1"
+        ):
+            call(3, broken)
+    with pytest.raises(RuntimeError, match="cache_seqlens must be 0 or more, got -1"):
+        call(4, held - 10)
+    with pytest.raises(RuntimeError, match="must fit its .* blocks"):
+        call(4, held + 1000)
+    with pytest.raises(ValueError, match="k_new and v_new must be given together"):
+        call(v_new=None)
+    with pytest.raises(ValueError, match="got no k_new"):
+        angles = torch.zeros(64, 16)
+        call(k_new=None, v_new=None, cos=angles, sin=angles)
+    with pytest.raises(RuntimeError, match="cos and sin must reach position 10, got 10 rows"):
+        angles = torch.zeros(10, 16)
+        call(cos=angles, sin=angles)
+    with pytest.raises(TypeError, match="attention_paged_: k_new must be torch.float32"):
+        call(k_new=new["k_new"].bfloat16())
+    with pytest.raises(ValueError, match="attention_paged_: q must be"):
+        call(0, arguments[0][0])
