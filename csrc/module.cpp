@@ -2,14 +2,17 @@
 // the GIL. Python (instructcore/ops) has checked shapes and types and allocated the outputs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <sys/mman.h>
 
 #include "attention.h"
+#include "cross_entropy.h"
 #include "device.h"
 #include "gae.h"
 #include "isa.h"
 #include "ppo_advantage.h"
 #include "ppo_loss.h"
 #include "tensor.h"
+#include "token_logprobs.h"
 
 namespace py = pybind11;
 using ic::TensorView;
@@ -244,6 +247,80 @@ void attention_paged(TensorView q, TensorView k_cache, TensorView v_cache, Tenso
   run_on_cpu("attention_paged_", q, ic::attention_cpu, args);
 }
 
+// ---- cross_entropy ----
+
+int64_t elements_or_zero(const OptionalView& view) { return view ? view->numel() : 0; }
+
+// Asks for huge pages under a large fresh tensor before its first touch: page faults of 4 KB cost more than
+// filling it. What the kernel answers is of no account.
+void advise_huge_pages(TensorView fresh, int64_t bytes) {
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const uintptr_t at = reinterpret_cast<uintptr_t>(fresh.raw());
+  const uintptr_t begin = (at + kPage - 1) & ~(kPage - 1), end = (at + bytes) & ~(kPage - 1);
+  if (!fresh.is_cuda() && end > begin)
+    (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
+
+// Counts the rows that are neither ignored nor masked and checks their targets; `total`, where given, gets
+// the sum of their weights.
+int64_t check_targets(const char* op, TensorView targets, OptionalView mask, OptionalView weight,
+                      OptionalView total, int64_t vocab, int64_t ignore_index) {
+  const int64_t* t = targets.data<const int64_t>();
+  const uint8_t* live = data_or_null<const uint8_t>(mask);
+  const float* w = data_or_null<const float>(weight);
+  IC_CHECK(!targets.is_cuda(), op, ": this build has no CUDA kernel for it; move the tensors to the CPU");
+  int64_t count = 0;
+  double sum = 0.0;
+  for (int64_t i = 0; i < targets.numel(); ++i) {
+    if (t[i] == ignore_index || (live && !live[i])) continue;
+    if (t[i] < 0 || t[i] >= vocab)
+      throw py::index_error(std::string(op) + ": targets must be in [0, " + std::to_string(vocab) +
+                            ") or " + std::to_string(ignore_index) + ", got " + std::to_string(t[i]) +
+                            " at " + std::to_string(i));
+    ++count;
+    if (w) sum += w[t[i]];
+  }
+  if (total) *total->data<float>() = static_cast<float>(w ? sum : static_cast<double>(count));
+  return count;
+}
+
+void cross_entropy(TensorView logits, TensorView targets, OptionalView weight, OptionalView total,
+                   OptionalView grad_output, OptionalView losses, OptionalView stats,
+                   OptionalView grad, int64_t ignore_index, float label_smoothing, float z_loss,
+                   float softcap, int threads) {
+  ic::CrossEntropyArgs args{};
+  args.logits = logits.raw();
+  args.targets = targets.data<const int64_t>();
+  args.weight = data_or_null<const float>(weight);
+  args.total = data_or_null<const float>(total);
+  args.grad_output = data_or_null<const float>(grad_output);
+  args.losses = data_or_null<float>(losses);
+  args.stats = data_or_null<float>(stats);
+  args.grad = grad ? grad->raw() : nullptr;
+  args.rows = logits.size(0);
+  args.vocab = logits.size(1);
+  args.logits_row = logits.stride(0);
+  args.grad_row = stride_or_zero(grad, 0);
+  args.grad_output_row = elements_or_zero(grad_output) > 1 ? 1 : 0;
+  args.ignore_index = ignore_index;
+  args.dtype = logits.dtype();
+  args.grad_dtype = grad ? grad->dtype() : args.dtype;
+  args.label_smoothing = label_smoothing;
+  args.z_loss = z_loss;
+  args.softcap = softcap;
+  args.threads = threads;
+  run_on_cpu("cross_entropy", logits, ic::cross_entropy_cpu, args);
+}
+
+// out = sum of losses / total, in one fixed order; 0 where the total is 0.
+void reduce_losses(TensorView losses, OptionalView total, TensorView out) {
+  const float* loss = losses.data<const float>();
+  double sum = 0.0;
+  for (int64_t i = 0; i < losses.numel(); ++i) sum += loss[i];
+  const double divisor = total ? *total->data<const float>() : 1.0;
+  *out.data<float>() = divisor == 0.0 ? 0.0f : static_cast<float>(sum / divisor);
+}
+
 // ---- gae ----
 
 ic::GaeArgs gae_args(const TensorView& rewards, const TensorView& values, const OptionalView& mask,
@@ -377,6 +454,55 @@ void ppo_loss(TensorView logprobs, TensorView old_logprobs, TensorView advantage
   run_on_cpu("ppo_loss", logprobs, ic::ppo_loss_cpu, args);
 }
 
+// ---- token_logprobs ----
+
+ic::TokenLogprobsArgs token_logprobs_args(const TensorView& logits, const TensorView& targets,
+                                          const OptionalView& mask, const TensorView& temperature,
+                                          const OptionalView& entropy, const TensorView& stats,
+                                          int64_t ignore_index, int threads) {
+  ic::TokenLogprobsArgs args{};
+  args.logits = logits.raw();
+  args.targets = targets.data<const int64_t>();
+  args.mask = data_or_null<const uint8_t>(mask);
+  args.temperature = temperature.data<const float>();
+  args.entropy = data_or_null<float>(entropy);
+  args.stats = stats.data<float>();
+  args.rows = logits.size(0);
+  args.vocab = logits.size(1);
+  args.logits_row = logits.stride(0);
+  args.temperature_row = temperature.ndim() > 0 ? 1 : 0;
+  args.ignore_index = ignore_index;
+  args.dtype = logits.dtype();
+  args.threads = threads;
+  return args;
+}
+
+void token_logprobs(TensorView logits, TensorView targets, OptionalView mask, TensorView temperature,
+                    TensorView logprobs, OptionalView entropy, TensorView lse, TensorView top1,
+                    TensorView stats, int64_t ignore_index, int threads) {
+  ic::TokenLogprobsArgs args = token_logprobs_args(logits, targets, mask, temperature, entropy, stats,
+                                                   ignore_index, threads);
+  args.logprobs = logprobs.data<float>();
+  args.lse = lse.data<float>();
+  args.top1 = top1.data<bool>();
+  run_on_cpu("token_logprobs", logits, ic::token_logprobs_cpu, args);
+}
+
+void token_logprobs_backward(OptionalView grad_logprobs, OptionalView grad_entropy, TensorView logits,
+                             TensorView targets, OptionalView mask, TensorView temperature,
+                             OptionalView entropy, TensorView stats, TensorView grad,
+                             int64_t ignore_index, int threads) {
+  const ic::TokenLogprobsArgs forward = token_logprobs_args(logits, targets, mask, temperature, entropy,
+                                                            stats, ignore_index, threads);
+  const ic::TokenLogprobsGradArgs args{&forward,
+                                       data_or_null<const float>(grad_logprobs),
+                                       data_or_null<const float>(grad_entropy),
+                                       grad.raw(),
+                                       grad.stride(0),
+                                       grad.dtype()};
+  run_on_cpu("token_logprobs", logits, ic::token_logprobs_backward_cpu, args);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -403,6 +529,22 @@ PYBIND11_MODULE(_C, m) {
         py::arg("out"), py::arg("lse"), py::arg("workspace"), py::arg("interleaved"),
         py::arg("causal"), py::arg("scale"), py::arg("left"), py::arg("right"), py::arg("softcap"),
         py::arg("threads"));
+
+  m.def("advise_huge_pages", &advise_huge_pages, py::arg("fresh"), py::arg("bytes"));
+  m.def("check_targets", &check_targets, py::arg("op"), py::arg("targets"), py::arg("mask"),
+        py::arg("weight"), py::arg("total"), py::arg("vocab"), py::arg("ignore_index"));
+  m.def("cross_entropy", &cross_entropy, py::arg("logits"), py::arg("targets"), py::arg("weight"),
+        py::arg("total"), py::arg("grad_output"), py::arg("losses"), py::arg("stats"),
+        py::arg("grad"), py::arg("ignore_index"), py::arg("label_smoothing"), py::arg("z_loss"),
+        py::arg("softcap"), py::arg("threads"));
+  m.def("reduce_losses", &reduce_losses, py::arg("losses"), py::arg("total"), py::arg("out"));
+  m.def("token_logprobs", &token_logprobs, py::arg("logits"), py::arg("targets"), py::arg("mask"),
+        py::arg("temperature"), py::arg("logprobs"), py::arg("entropy"), py::arg("lse"),
+        py::arg("top1"), py::arg("stats"), py::arg("ignore_index"), py::arg("threads"));
+  m.def("token_logprobs_backward", &token_logprobs_backward, py::arg("grad_logprobs"),
+        py::arg("grad_entropy"), py::arg("logits"), py::arg("targets"), py::arg("mask"),
+        py::arg("temperature"), py::arg("entropy"), py::arg("stats"), py::arg("grad"),
+        py::arg("ignore_index"), py::arg("threads"));
 
   m.def("gae", &gae, py::arg("rewards"), py::arg("values"), py::arg("mask"), py::arg("cu_seqlens"),
         py::arg("dones"), py::arg("bootstrap"), py::arg("advantages"), py::arg("returns"),

@@ -10,7 +10,10 @@ from .attention import (
     attention_varlen,
     attention_varlen_reference,
 )
+from .cross_entropy import cross_entropy, cross_entropy_reference
 from .gae import gae, gae_reference
+from .linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from .linear_token_logprobs import linear_token_logprobs, linear_token_logprobs_reference
 from .ppo_advantage import (
     PPOTargets,
     ppo_advantage,
@@ -19,22 +22,32 @@ from .ppo_advantage import (
     whiten_advantages_reference,
 )
 from .ppo_loss import PPOStats, ppo_loss, ppo_loss_reference
+from .token_logprobs import TokenLogprobs, token_logprobs, token_logprobs_reference
 
 __all__ = [
     "PPOStats",
     "PPOTargets",
+    "TokenLogprobs",
     "attention",
     "attention_paged_",
     "attention_paged_reference",
     "attention_reference",
     "attention_varlen",
     "attention_varlen_reference",
+    "cross_entropy",
+    "cross_entropy_reference",
     "gae",
     "gae_reference",
+    "linear_cross_entropy",
+    "linear_cross_entropy_reference",
+    "linear_token_logprobs",
+    "linear_token_logprobs_reference",
     "ppo_advantage",
     "ppo_advantage_reference",
     "ppo_loss",
     "ppo_loss_reference",
+    "token_logprobs",
+    "token_logprobs_reference",
     "whiten_advantages",
     "whiten_advantages_reference",
 ]

@@ -72,6 +72,14 @@ def plain_float(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32).contiguous()
 
 
+def fresh_pages(tensor: Tensor) -> Tensor:
+    """The tensor itself, not yet touched: a large one on the CPU will lie in huge pages."""
+    size = tensor.numel() * tensor.element_size()
+    if size >= 4 << 20:
+        _C.advise_huge_pages(tensor, size)
+    return tensor
+
+
 __all__ = [
     "FLOAT_DTYPES",
     "_C",
@@ -79,6 +87,7 @@ __all__ = [
     "check_dtype",
     "check_float",
     "check_shape",
+    "fresh_pages",
     "last_contiguous",
     "plain_float",
     "register",

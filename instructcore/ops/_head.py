@@ -1,0 +1,174 @@
+"""The language-model head's GEMMs, a chunk of rows at a time, for the ops fused with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ._common import check_device, check_float, check_shape, fresh_pages
+
+WORKSPACE_BYTES = 64 << 20
+SLAB_BYTES = 4 << 20  # of a 16-bit weight as float32, at a time
+# Rows without a target are left out where they are more than this share: the copy costs less.
+GATHER_ABOVE = 0.1
+
+
+class Head:
+    """float32 logits of hidden (N, C) with weight (V, C), and the gradients back through them.
+
+    float32 weights go to the GEMM as they are, 16-bit ones as float32 slabs, for torch rounds the
+    product of two 16-bit matrices to 16 bits. Gradients are float32, formed in float32; but for
+    bfloat16 hidden and weight the GEMMs of the backward take the logits' gradient as bfloat16,
+    grad_hidden is bfloat16, and grad_weight sums chunks in float32.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        index: Tensor | None,
+        max_workspace_bytes: int,
+        needs: tuple[bool, bool, bool] = (False, False, False),
+    ):
+        self.hidden, self.weight, self.index = hidden, weight, index
+        self.bias = None if bias is None else bias.float()
+        vocab, channels = weight.shape
+        self.low = any(needs) and hidden.dtype == weight.dtype == torch.bfloat16
+        is_float = weight.dtype == torch.float32
+        self.slab = vocab if is_float else max(64, SLAB_BYTES // (4 * channels))
+        self.rows = len(hidden) if index is None else len(index)
+        per_row = (6 if self.low else 4) * vocab + 8 * channels
+        budget = max_workspace_bytes - (0 if is_float else SLAB_BYTES)
+        chunks = -(-self.rows // max(1, budget // per_row))
+        self.step = -(-self.rows // max(1, chunks))
+        self.logits = fresh_pages(hidden.new_empty((self.step, vocab), dtype=torch.float32))
+        self.slopes = self.logits  # the logits' gradient, in their place
+        if self.low:
+            self.slopes = fresh_pages(hidden.new_empty((self.step, vocab)))
+        grads = allocate_gradients(hidden, weight, bias, needs)
+        self.grad_hidden, self.grad_weight, self.grad_bias = (
+            fresh_pages(g) if need else None for g, need in zip(grads, needs, strict=True)
+        )
+        if self.grad_hidden is not None and (index is not None or not self.rows):
+            self.grad_hidden.zero_()
+        if not self.rows:
+            for grad in (self.grad_weight, self.grad_bias):
+                if grad is not None:
+                    grad.zero_()
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(rows, logits, slopes): fill `slopes` with the logits' gradient, then call `back`."""
+        for first in range(0, self.rows, self.step):
+            n = min(self.step, self.rows - first)
+            rows = slice(first, first + n)
+            self.input = self._rows_of(self.hidden, rows)
+            self._project(self.logits[:n])
+            yield rows, self.logits[:n], self.slopes[:n]
+
+    def back(self, rows: slice, slopes: Tensor) -> None:
+        """Adds what the chunk just yielded gives to the gradients."""
+        keep = 0 if rows.start == 0 else 1  # the first chunk overwrites
+        if self.grad_hidden is not None:
+            self._back_hidden(rows, slopes)
+        if self.grad_weight is not None:
+            inputs = self.input if self.low else self.input.float()
+            for part in self._slabs():
+                to, by = self.grad_weight[part], slopes[:, part].t()
+                if self.low:
+                    product = torch.mm(by, inputs)
+                    to.add_(product) if keep else to.copy_(product)
+                else:
+                    torch.addmm(to, by, inputs, beta=keep, out=to)
+        if self.grad_bias is not None:
+            total = slopes.sum(0, dtype=torch.float32)
+            self.grad_bias.add_(total) if keep else self.grad_bias.copy_(total)
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Those that were not needed are empty."""
+        grads = (self.grad_hidden, self.grad_weight, self.grad_bias)
+        return tuple(self.logits.new_empty(0) if g is None else g for g in grads)
+
+    def _rows_of(self, tensor: Tensor, rows: slice) -> Tensor:
+        return tensor[rows] if self.index is None else tensor.index_select(0, self.index[rows])
+
+    def _slabs(self) -> Iterator[slice]:
+        vocab = self.weight.shape[0]
+        return (slice(v, min(v + self.slab, vocab)) for v in range(0, vocab, self.slab))
+
+    def _project(self, logits: Tensor) -> None:
+        inputs = self.input.float()
+        for part in self._slabs():
+            weight = self.weight[part].float().t()
+            if self.bias is None:
+                torch.mm(inputs, weight, out=logits[:, part])
+            else:
+                torch.addmm(self.bias[part], inputs, weight, out=logits[:, part])
+
+    def _back_hidden(self, rows: slice, slopes: Tensor) -> None:
+        direct = self.index is None
+        out = (
+            self.grad_hidden[rows]
+            if direct
+            else torch.empty_like(self.input, dtype=self.grad_hidden.dtype)
+        )
+        if self.low:
+            torch.mm(slopes, self.weight, out=out)
+        else:
+            for part in self._slabs():
+                weight = self.weight[part].float()
+                torch.addmm(out, slopes[:, part], weight, beta=int(part.start > 0), out=out)
+        if not direct:
+            self.grad_hidden.index_copy_(0, self.index[rows], out)
+
+
+def allocate_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Unfilled; float32, or bfloat16 for bfloat16 hidden where the weight is too."""
+    low = hidden.dtype == weight.dtype == torch.bfloat16
+    return (
+        hidden.new_empty(
+            hidden.shape if needs[0] else (0,), dtype=torch.bfloat16 if low else torch.float32
+        ),
+        weight.new_empty(weight.shape if needs[1] else (0,), dtype=torch.float32),
+        weight.new_empty(bias.shape if needs[2] else (0,), dtype=torch.float32),
+    )
+
+
+def check_head(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    max_workspace_bytes: int,
+) -> None:
+    check_float(op, hidden=hidden, weight=weight, bias=bias)
+    if weight.dtype not in (hidden.dtype, torch.float32):
+        raise TypeError(f"{op}: weight must be {hidden.dtype} or float32, got {weight.dtype}")
+    if hidden.ndim != 2 or weight.ndim != 2 or 0 in weight.shape:
+        raise ValueError(
+            f"{op}: hidden must be (N, C) and weight (V, C), got {tuple(hidden.shape)} and "
+            f"{tuple(weight.shape)}"
+        )
+    vocab, channels = weight.shape
+    check_shape(op, (hidden.shape[0], channels), hidden=hidden)
+    check_shape(op, (hidden.shape[0],), targets=targets)
+    check_shape(op, (vocab,), bias=bias)
+    check_device(op, hidden, weight=weight, targets=targets, bias=bias)
+    if max_workspace_bytes <= 0:
+        raise ValueError(f"{op}: max_workspace_bytes must be above 0, got {max_workspace_bytes}")
+
+
+def live_rows(live: int, rows: int, targets: Tensor, mask: Tensor | None, ignore_index: int):
+    """The indices of the rows that count, or None where nearly all do."""
+    if live >= (1 - GATHER_ABOVE) * rows:
+        return None
+    kept = targets != ignore_index
+    return (kept if mask is None else kept & mask).nonzero()[:, 0]
+
+
+__all__ = ["WORKSPACE_BYTES", "Head", "allocate_gradients", "check_head", "live_rows"]

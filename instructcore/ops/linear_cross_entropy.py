@@ -1,0 +1,229 @@
+"""linear_cross_entropy: the language-model head fused with its cross entropy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._common import _C, check_device, check_dtype, check_shape, plain_float, register
+from ._head import WORKSPACE_BYTES, Head, allocate_gradients, check_head, live_rows
+from .cross_entropy import check_settings, cross_entropy_reference, reduction_index, scaled
+
+
+def linear_cross_entropy_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    max_workspace_bytes: int | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """The specification, in float32 (float64 for float64 hidden), differentiable by autograd."""
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    logits = hidden.to(dtype) @ weight.to(dtype).T
+    if bias is not None:
+        logits = logits + bias.to(dtype)
+    return cross_entropy_reference(
+        logits,
+        targets,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        weight=class_weight,
+        reduction=reduction,
+    )
+
+
+def _allocate(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    grad_output: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    reduction: int,
+    max_workspace_bytes: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    op = "linear_cross_entropy"
+    check_dtype(op, torch.int64, targets=targets)
+    check_head(op, hidden, weight, targets, bias, max_workspace_bytes)
+    check_dtype(op, torch.float32, class_weight=class_weight)
+    check_shape(op, (weight.shape[0],), class_weight=class_weight)
+    check_device(op, hidden, class_weight=class_weight)
+    check_settings(op, label_smoothing, z_loss, softcap)
+    loss = hidden.new_empty(targets.shape if reduction == 0 else (), dtype=torch.float32)
+    return (loss, *allocate_gradients(hidden, weight, bias, tuple(needs)))
+
+
+def _run(
+    hidden,
+    weight,
+    targets,
+    bias,
+    class_weight,
+    grad_output,
+    ignore_index,
+    label_smoothing,
+    z_loss,
+    softcap,
+    reduction,
+    max_workspace_bytes,
+    needs,
+):
+    """(loss, grad_hidden, grad_weight, grad_bias), the gradients times grad_output, or 1."""
+    targets = targets.contiguous()
+    total = hidden.new_empty((), dtype=torch.float32) if reduction == 2 else None
+    class_weight = None if class_weight is None else class_weight.contiguous()
+    live = _C.check_targets(
+        *("linear_cross_entropy", targets, None, class_weight, total),
+        *(weight.shape[0], ignore_index),
+    )
+    index = live_rows(live, len(targets), targets, None, ignore_index)
+    if index is not None:
+        targets = targets[index]
+        if grad_output is not None:
+            grad_output = grad_output[index]
+    head = Head(hidden, weight, bias, index, max_workspace_bytes, tuple(needs))
+    losses = torch.empty_like(targets, dtype=torch.float32)
+    gradient, threads = any(needs), torch.get_num_threads()
+    for rows, logits, slopes in head.chunks():
+        _C.cross_entropy(
+            *(logits, targets[rows], class_weight, total),
+            *(None if grad_output is None else grad_output[rows], losses[rows], None),
+            *(slopes if gradient else None, ignore_index, label_smoothing, z_loss, softcap),
+            threads,
+        )
+        if gradient:
+            head.back(rows, slopes)
+    if reduction == 0:
+        loss = losses if index is None else losses.new_zeros(len(hidden))
+        if index is not None:
+            loss[index] = losses
+    else:
+        loss = losses.new_empty(())
+        _C.reduce_losses(losses, total, loss)
+    return (loss, *head.gradients())
+
+
+_linear_cross_entropy = register(
+    "linear_cross_entropy",
+    "(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? class_weight, "
+    "Tensor? grad_output, int ignore_index, float label_smoothing, float z_loss, float softcap, "
+    "int reduction, int max_workspace_bytes, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    _allocate,
+    _run,
+)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """For a scalar loss the forward forms the gradients, with three GEMMs, and the backward scales
+    them; for the loss of each row the backward forms the logits again.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, class_weight, settings):
+        ctx.needs, ctx.settings = list(ctx.needs_input_grad[:3]), settings
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.formed = settings[4] != 0
+        loss, *grads = _linear_cross_entropy(
+            *(hidden, weight, targets, bias, class_weight, None, *settings),
+            ctx.needs if ctx.formed else [False] * 3,
+        )
+        if ctx.formed:
+            ctx.save_for_backward(*grads)
+        else:
+            ctx.save_for_backward(hidden, weight, targets, bias, class_weight)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        if ctx.formed:
+            grads = ctx.saved_tensors
+        else:
+            _, *grads = _linear_cross_entropy(
+                *ctx.saved_tensors, plain_float(grad_output), *ctx.settings, ctx.needs
+            )
+        results = []
+        for grad, need, dtype in zip(grads, ctx.needs, ctx.dtypes, strict=True):
+            if need and ctx.formed:
+                grad = scaled(grad, grad_output)
+            results.append(grad.to(dtype) if need else None)
+        return (*results, None, None, None)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    max_workspace_bytes: int | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross entropy of the language-model head, whose logits never exist all at once.
+
+    ::
+
+        logits = hidden @ weight.T + bias
+        loss   = cross_entropy(logits, targets, ...)
+
+    Args:
+        hidden: (N, C) float32, bfloat16 or float16. Differentiable.
+        weight: (V, C), of hidden's type or float32. Differentiable.
+        targets: int64 (N,), each in [0, V) or ignore_index. Where many rows are ignored, the GEMMs
+            leave them out.
+        bias: (V,). Differentiable.
+        class_weight: (V,), `weight` of `cross_entropy`.
+        max_workspace_bytes: bound of the memory beyond arguments, gradients and the float32 sum of
+            weight's gradient, by chunks of rows (at least one row); 64 MiB if None.
+        ignore_index, label_smoothing, z_loss, softcap, reduction: as in `cross_entropy`.
+
+    Returns:
+        float32: 0-d, or (N,) for reduction="none".
+
+    Raises:
+        IndexError: a target is neither in [0, V) nor ignore_index.
+        TypeError, ValueError: an element type, shape, device or setting is not the documented one.
+
+    Numerics: logits are float32, not rounded to hidden's type; weight's gradient is summed in
+    float32. bfloat16: the GEMMs of the gradients take the logits' gradient as bfloat16. A scalar
+    loss takes three GEMMs, its gradients are formed in the forward; reduction="none" four. Without
+    a gradient to form only the logits' GEMM runs.
+
+    Source: Wijmans et al. 2024, arXiv:2411.09009; gradients in the forward: Hsu et al. 2024,
+    arXiv:2410.10989.
+    """
+    settings = (
+        int(ignore_index),
+        float(label_smoothing),
+        float(z_loss),
+        float(softcap),
+        reduction_index("linear_cross_entropy", reduction),
+        WORKSPACE_BYTES if max_workspace_bytes is None else int(max_workspace_bytes),
+    )
+    class_weight = None if class_weight is None else class_weight.float()
+    trained = (
+        hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    if trained and torch.is_grad_enabled():
+        return _LinearCrossEntropy.apply(hidden, weight, bias, targets, class_weight, settings)
+    arguments = (hidden, weight, targets, bias, class_weight, None, *settings)
+    return _linear_cross_entropy(*arguments, [False] * 3)[0]

@@ -1,0 +1,288 @@
+"""linear_token_logprobs: the language-model head fused with token_logprobs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._common import _C, check_device, check_dtype, check_shape, plain_float, register
+from ._head import WORKSPACE_BYTES, Head, allocate_gradients, check_head, live_rows
+from .token_logprobs import (
+    TokenLogprobs,
+    check_temperature,
+    temperature_tensor,
+    token_logprobs_reference,
+)
+
+
+def linear_token_logprobs_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    max_workspace_bytes: int | None = None,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    entropy: bool = True,
+    ignore_index: int = -100,
+) -> TokenLogprobs:
+    """The specification, in float32 (float64 for float64 hidden), differentiable by autograd."""
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    logits = hidden.to(dtype) @ weight.to(dtype).T
+    if bias is not None:
+        logits = logits + bias.to(dtype)
+    return token_logprobs_reference(
+        logits,
+        targets,
+        temperature=temperature,
+        mask=mask,
+        entropy=entropy,
+        ignore_index=ignore_index,
+    )
+
+
+class _Rows:
+    """The per-row arguments, of the rows that count."""
+
+    def __init__(self, targets, temperature, mask, vocab, ignore_index):
+        op = "linear_token_logprobs"
+        targets, mask = targets.contiguous(), None if mask is None else mask.contiguous()
+        if temperature.ndim:
+            check_temperature(op, temperature if mask is None else temperature[mask])
+        live = _C.check_targets(op, targets, mask, None, None, vocab, ignore_index)
+        self.count = len(targets)
+        self.index = live_rows(live, self.count, targets, mask, ignore_index)
+        self.targets, self.mask = self.pick(targets), self.pick(mask)
+        self.temperature = self.pick(temperature) if temperature.ndim else temperature
+
+    def pick(self, x: Tensor | None) -> Tensor | None:
+        return x if x is None or self.index is None else x[self.index]
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Back to all rows, 0 elsewhere."""
+        if self.index is None:
+            return x
+        out = x.new_zeros((self.count, *x.shape[1:]))
+        out[self.index] = x
+        return out
+
+    def at(self, rows: slice) -> tuple[Tensor, Tensor | None, Tensor]:
+        mask = None if self.mask is None else self.mask[rows]
+        temperature = self.temperature[rows] if self.temperature.ndim else self.temperature
+        return self.targets[rows], mask, temperature
+
+
+def _allocate(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor,
+    mask: Tensor | None,
+    entropy: bool,
+    ignore_index: int,
+    max_workspace_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    op = "linear_token_logprobs"
+    check_dtype(op, torch.int64, targets=targets)
+    check_head(op, hidden, weight, targets, bias, max_workspace_bytes)
+    check_dtype(op, torch.float32, temperature=temperature)
+    check_dtype(op, torch.bool, mask=mask)
+    check_shape(op, tuple(targets.shape), mask=mask)
+    check_device(op, hidden, temperature=temperature, mask=mask)
+    n = len(targets)
+    return (
+        hidden.new_empty((n,), dtype=torch.float32),
+        hidden.new_empty((n if entropy else 0,), dtype=torch.float32),
+        hidden.new_empty((n,), dtype=torch.float32),
+        hidden.new_empty((n,), dtype=torch.bool),
+        hidden.new_empty((n, 2), dtype=torch.float32),
+    )
+
+
+def _run(
+    hidden,
+    weight,
+    targets,
+    bias,
+    temperature,
+    mask,
+    entropy,
+    ignore_index,
+    max_workspace_bytes,
+):
+    """(logprobs, entropy, lse, top1, stats)"""
+    per_row = _Rows(targets, temperature, mask, weight.shape[0], ignore_index)
+    head = Head(hidden, weight, bias, per_row.index, max_workspace_bytes)
+    n, threads = len(per_row.targets), torch.get_num_threads()
+    logprobs, lse = (hidden.new_empty((n,), dtype=torch.float32) for _ in range(2))
+    spread = hidden.new_empty((n if entropy else 0,), dtype=torch.float32)
+    top1 = hidden.new_empty((n,), dtype=torch.bool)
+    stats = hidden.new_empty((n, 2), dtype=torch.float32)
+    for rows, logits, _ in head.chunks():
+        _C.token_logprobs(
+            *(logits, *per_row.at(rows), logprobs[rows], spread[rows] if entropy else None),
+            *(lse[rows], top1[rows], stats[rows], ignore_index, threads),
+        )
+    return (
+        per_row.spread(logprobs),
+        per_row.spread(spread) if entropy else spread,
+        *(per_row.spread(x) for x in (lse, top1, stats)),
+    )
+
+
+_linear_token_logprobs = register(
+    "linear_token_logprobs",
+    "(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor temperature, "
+    "Tensor? mask, bool entropy, int ignore_index, int max_workspace_bytes) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _allocate,
+    _run,
+)
+
+
+def _allocate_backward(
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor,
+    mask: Tensor | None,
+    entropy: Tensor,
+    stats: Tensor,
+    ignore_index: int,
+    max_workspace_bytes: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return allocate_gradients(hidden, weight, bias, tuple(needs))
+
+
+def _run_backward(
+    grad_logprobs,
+    grad_entropy,
+    hidden,
+    weight,
+    targets,
+    bias,
+    temperature,
+    mask,
+    entropy,
+    stats,
+    ignore_index,
+    max_workspace_bytes,
+    needs,
+):
+    per_row = _Rows(targets, temperature, mask, weight.shape[0], ignore_index)
+    head = Head(hidden, weight, bias, per_row.index, max_workspace_bytes, tuple(needs))
+    grads = [
+        None if g is None else per_row.pick(plain_float(g)) for g in (grad_logprobs, grad_entropy)
+    ]
+    entropy = per_row.pick(entropy) if entropy.numel() else None
+    stats, threads = per_row.pick(stats), torch.get_num_threads()
+    for rows, logits, slopes in head.chunks():
+        _C.token_logprobs_backward(
+            *(None if g is None else g[rows] for g in grads),
+            *(logits, *per_row.at(rows), None if entropy is None else entropy[rows], stats[rows]),
+            *(slopes, ignore_index, threads),
+        )
+        head.back(rows, slopes)
+    return head.gradients()
+
+
+_linear_token_logprobs_backward = register(
+    "linear_token_logprobs_backward",
+    "(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor hidden, Tensor weight, Tensor targets, "
+    "Tensor? bias, Tensor temperature, Tensor? mask, Tensor entropy, Tensor stats, "
+    "int ignore_index, int max_workspace_bytes, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    _allocate_backward,
+    _run_backward,
+)
+
+
+class _LinearTokenLogprobs(torch.autograd.Function):
+    """The backward forms the logits again: four GEMMs in all."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature, mask, entropy, *settings):
+        outputs = _linear_token_logprobs(
+            hidden, weight, targets, bias, temperature, mask, entropy, *settings
+        )
+        logprobs, spread, lse, top1, stats = outputs
+        ctx.set_materialize_grads(False)
+        ctx.settings = settings
+        ctx.save_for_backward(hidden, weight, targets, bias, temperature, mask, spread, stats)
+        ctx.mark_non_differentiable(lse, top1)
+        return logprobs, spread, lse, top1
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_logprobs, grad_entropy, *_):
+        hidden, weight, _, bias, *_, entropy, _ = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:3])
+        grads = _linear_token_logprobs_backward(
+            *(grad_logprobs, grad_entropy if entropy.numel() else None, *ctx.saved_tensors),
+            *(*ctx.settings, needs),
+        )
+        inputs = (hidden, weight, bias)
+        results = (
+            g.to(x.dtype) if n else None for g, x, n in zip(grads, inputs, needs, strict=True)
+        )
+        return (*results, *[None] * 6)
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    max_workspace_bytes: int | None = None,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    entropy: bool = True,
+    ignore_index: int = -100,
+) -> TokenLogprobs:
+    """`token_logprobs` of the language-model head, whose logits never exist all at once.
+
+    ::
+
+        logits  = hidden @ weight.T + bias
+        outputs = token_logprobs(logits, targets, ...)
+
+    Args:
+        hidden: (N, C) float32, bfloat16 or float16. Differentiable.
+        weight: (V, C), of hidden's type or float32. Differentiable.
+        targets: int64 (N,), each in [0, V) or ignore_index. Where many rows are masked or ignored,
+            the GEMMs leave them out.
+        bias: (V,). Differentiable.
+        max_workspace_bytes: bound of the memory beyond arguments, gradients and the float32 sum of
+            weight's gradient, by chunks of rows (at least one row); 64 MiB if None.
+        temperature, mask, entropy, ignore_index: as in `token_logprobs`.
+
+    Returns:
+        TokenLogprobs(logprobs, entropy, lse, top1), as `token_logprobs`.
+
+    Raises:
+        IndexError: a target is neither in [0, V) nor ignore_index.
+        TypeError, ValueError: an element type, shape, device or setting is not the documented one.
+
+    Numerics: as `linear_cross_entropy`; four GEMMs with the backward, which forms the logits again.
+    Without a gradient to form only the logits' GEMM runs.
+
+    Source: as `linear_cross_entropy` and `token_logprobs`.
+    """
+    scale = temperature_tensor("linear_token_logprobs", temperature, len(targets), hidden.device)
+    workspace = WORKSPACE_BYTES if max_workspace_bytes is None else int(max_workspace_bytes)
+    rest = (scale, mask, bool(entropy), int(ignore_index), workspace)
+    trained = (
+        hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    if trained and torch.is_grad_enabled():
+        outputs = _LinearTokenLogprobs.apply(hidden, weight, bias, targets, *rest)
+    else:
+        outputs = _linear_token_logprobs(hidden, weight, targets, bias, *rest)
+    logprobs, spread, lse, top1, *_ = outputs
+    return TokenLogprobs(logprobs, spread if entropy else None, lse, top1)
