@@ -52,4 +52,12 @@ const char* isa_name(Isa isa) {
   return "unknown";
 }
 
+bool has_bfloat16_dot() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 }  // namespace ic

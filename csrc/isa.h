@@ -24,6 +24,7 @@ Isa best_isa();             // what this machine runs
 Isa current_isa();          // what the kernels use: best_isa() unless set
 void set_isa(Isa);          // for tests; throws where the machine lacks it
 const char* isa_name(Isa);  // "x86_64_v4"
+bool has_bfloat16_dot();    // the machine multiplies bfloat16 pairs, so such products are fast
 
 }  // namespace ic
 

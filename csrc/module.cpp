@@ -53,6 +53,7 @@ py::dict build_info() {
   py::dict info;
   info["compiler"] = __VERSION__;
   info["isa"] = ic::isa_name(ic::current_isa());
+  info["bfloat16_dot"] = ic::has_bfloat16_dot();
   info["isa_supported"] = ic::isa_name(ic::best_isa());
   py::list devices;
 #ifdef IC_CUDA
