@@ -11,12 +11,13 @@ from ._common import check_device, check_float, check_shape, fresh_pages
 
 WORKSPACE_BYTES = 64 << 20
 SLAB_BYTES = 4 << 20  # of a 16-bit weight as float32, at a time
-# Rows without a target are left out where they are more than this share: the copy costs less.
-GATHER_ABOVE = 0.1
 
 
 class Head:
     """float32 logits of hidden (N, C) with weight (V, C), and the gradients back through them.
+
+    `grads` are those of hidden, weight and bias, to be filled, None where not needed; `index` the
+    rows that count, None for all.
 
     float32 weights go to the GEMM as they are, 16-bit ones as float32 slabs, for torch rounds the
     product of two 16-bit matrices to 16 bits. Gradients are float32, formed in float32; but for
@@ -31,12 +32,14 @@ class Head:
         bias: Tensor | None,
         index: Tensor | None,
         max_workspace_bytes: int,
-        needs: tuple[bool, bool, bool] = (False, False, False),
+        grads: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
     ):
         self.hidden, self.weight, self.index = hidden, weight, index
         self.bias = None if bias is None else bias.float()
         vocab, channels = weight.shape
-        self.low = any(needs) and hidden.dtype == weight.dtype == torch.bfloat16
+        self.grad_hidden, self.grad_weight, self.grad_bias = grads
+        trained = any(g is not None for g in grads)
+        self.low = trained and hidden.dtype == weight.dtype == torch.bfloat16
         is_float = weight.dtype == torch.float32
         self.slab = vocab if is_float else max(64, SLAB_BYTES // (4 * channels))
         self.rows = len(hidden) if index is None else len(index)
@@ -48,10 +51,6 @@ class Head:
         self.slopes = self.logits  # the logits' gradient, in their place
         if self.low:
             self.slopes = fresh_pages(hidden.new_empty((self.step, vocab)))
-        grads = allocate_gradients(hidden, weight, bias, needs)
-        self.grad_hidden, self.grad_weight, self.grad_bias = (
-            fresh_pages(g) if need else None for g, need in zip(grads, needs, strict=True)
-        )
         if self.grad_hidden is not None and (index is not None or not self.rows):
             self.grad_hidden.zero_()
         if not self.rows:
@@ -61,7 +60,7 @@ class Head:
 
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(rows, logits, slopes): fill `slopes` with the logits' gradient, then call `back`."""
-        for first in range(0, self.rows, self.step):
+        for first in range(0, self.rows, max(1, self.step)):
             n = min(self.step, self.rows - first)
             rows = slice(first, first + n)
             self.input = self._rows_of(self.hidden, rows)
@@ -86,11 +85,6 @@ class Head:
             total = slopes.sum(0, dtype=torch.float32)
             self.grad_bias.add_(total) if keep else self.grad_bias.copy_(total)
 
-    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Those that were not needed are empty."""
-        grads = (self.grad_hidden, self.grad_weight, self.grad_bias)
-        return tuple(self.logits.new_empty(0) if g is None else g for g in grads)
-
     def _rows_of(self, tensor: Tensor, rows: slice) -> Tensor:
         return tensor[rows] if self.index is None else tensor.index_select(0, self.index[rows])
 
@@ -108,26 +102,23 @@ class Head:
                 torch.addmm(self.bias[part], inputs, weight, out=logits[:, part])
 
     def _back_hidden(self, rows: slice, slopes: Tensor) -> None:
-        direct = self.index is None
-        out = (
-            self.grad_hidden[rows]
-            if direct
-            else torch.empty_like(self.input, dtype=self.grad_hidden.dtype)
-        )
+        out = self.grad_hidden[rows]
+        if self.index is not None:
+            out = torch.empty_like(out)
         if self.low:
             torch.mm(slopes, self.weight, out=out)
         else:
             for part in self._slabs():
                 weight = self.weight[part].float()
                 torch.addmm(out, slopes[:, part], weight, beta=int(part.start > 0), out=out)
-        if not direct:
+        if self.index is not None:
             self.grad_hidden.index_copy_(0, self.index[rows], out)
 
 
 def allocate_gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Unfilled; float32, or bfloat16 for bfloat16 hidden where the weight is too."""
+    """Unfilled, empty where not needed; float32, hidden's bfloat16 where weight is too."""
     low = hidden.dtype == weight.dtype == torch.bfloat16
     return (
         hidden.new_empty(
@@ -136,6 +127,13 @@ def allocate_gradients(
         weight.new_empty(weight.shape if needs[1] else (0,), dtype=torch.float32),
         weight.new_empty(bias.shape if needs[2] else (0,), dtype=torch.float32),
     )
+
+
+def needed(
+    grads: tuple[Tensor, Tensor, Tensor], needs: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What `allocate_gradients` gave, None for the empty ones, for `Head` to fill."""
+    return tuple(fresh_pages(g) if need else None for g, need in zip(grads, needs, strict=True))
 
 
 def check_head(
@@ -163,12 +161,14 @@ def check_head(
         raise ValueError(f"{op}: max_workspace_bytes must be above 0, got {max_workspace_bytes}")
 
 
-def live_rows(live: int, rows: int, targets: Tensor, mask: Tensor | None, ignore_index: int):
-    """The indices of the rows that count, or None where nearly all do."""
-    if live >= (1 - GATHER_ABOVE) * rows:
+def live_rows(live: int, targets: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor | None:
+    """The indices of the rows that count, None for all. The others stay out of the GEMMs: they
+    would cost as much, and their NaN times 0 would spoil the weights' gradient.
+    """
+    if live == len(targets):
         return None
     kept = targets != ignore_index
     return (kept if mask is None else kept & mask).nonzero()[:, 0]
 
 
-__all__ = ["WORKSPACE_BYTES", "Head", "allocate_gradients", "check_head", "live_rows"]
+__all__ = ["WORKSPACE_BYTES", "Head", "allocate_gradients", "check_head", "live_rows", "needed"]

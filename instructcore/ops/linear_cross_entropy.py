@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._common import _C, check_device, check_dtype, check_shape, plain_float, register
-from ._head import WORKSPACE_BYTES, Head, allocate_gradients, check_head, live_rows
+from ._head import WORKSPACE_BYTES, Head, allocate_gradients, check_head, live_rows, needed
 from .cross_entropy import check_settings, cross_entropy_reference, reduction_index, scaled
 
 
@@ -83,6 +83,10 @@ def _run(
     needs,
 ):
     """(loss, grad_hidden, grad_weight, grad_bias), the gradients times grad_output, or 1."""
+    loss, *grads = _allocate(
+        *(hidden, weight, targets, bias, class_weight, grad_output, ignore_index),
+        *(label_smoothing, z_loss, softcap, reduction, max_workspace_bytes, needs),
+    )
     targets = targets.contiguous()
     total = hidden.new_empty((), dtype=torch.float32) if reduction == 2 else None
     class_weight = None if class_weight is None else class_weight.contiguous()
@@ -90,13 +94,14 @@ def _run(
         *("linear_cross_entropy", targets, None, class_weight, total),
         *(weight.shape[0], ignore_index),
     )
-    index = live_rows(live, len(targets), targets, None, ignore_index)
+    index = live_rows(live, targets, None, ignore_index)
     if index is not None:
         targets = targets[index]
         if grad_output is not None:
             grad_output = grad_output[index]
-    head = Head(hidden, weight, bias, index, max_workspace_bytes, tuple(needs))
-    losses = torch.empty_like(targets, dtype=torch.float32)
+    head = Head(hidden, weight, bias, index, max_workspace_bytes, needed(grads, needs))
+    whole = reduction == 0 and index is None
+    losses = loss if whole else torch.empty_like(targets, dtype=torch.float32)
     gradient, threads = any(needs), torch.get_num_threads()
     for rows, logits, slopes in head.chunks():
         _C.cross_entropy(
@@ -107,14 +112,11 @@ def _run(
         )
         if gradient:
             head.back(rows, slopes)
-    if reduction == 0:
-        loss = losses if index is None else losses.new_zeros(len(hidden))
-        if index is not None:
-            loss[index] = losses
-    else:
-        loss = losses.new_empty(())
+    if reduction != 0:
         _C.reduce_losses(losses, total, loss)
-    return (loss, *head.gradients())
+    elif index is not None:
+        loss.zero_()[index] = losses
+    return (loss, *grads)
 
 
 _linear_cross_entropy = register(
@@ -188,8 +190,7 @@ def linear_cross_entropy(
     Args:
         hidden: (N, C) float32, bfloat16 or float16. Differentiable.
         weight: (V, C), of hidden's type or float32. Differentiable.
-        targets: int64 (N,), each in [0, V) or ignore_index. Where many rows are ignored, the GEMMs
-            leave them out.
+        targets: int64 (N,), each in [0, V) or ignore_index. Ignored rows cost nothing.
         bias: (V,). Differentiable.
         class_weight: (V,), `weight` of `cross_entropy`.
         max_workspace_bytes: bound of the memory beyond arguments, gradients and the float32 sum of

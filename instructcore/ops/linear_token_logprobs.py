@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._common import _C, check_device, check_dtype, check_shape, plain_float, register
-from ._head import WORKSPACE_BYTES, Head, allocate_gradients, check_head, live_rows
+from ._head import WORKSPACE_BYTES, Head, allocate_gradients, check_head, live_rows, needed
 from .token_logprobs import (
     TokenLogprobs,
     check_temperature,
@@ -49,23 +49,14 @@ class _Rows:
         op = "linear_token_logprobs"
         targets, mask = targets.contiguous(), None if mask is None else mask.contiguous()
         if temperature.ndim:
-            check_temperature(op, temperature if mask is None else temperature[mask])
+            check_temperature(op, temperature, targets, mask, ignore_index)
         live = _C.check_targets(op, targets, mask, None, None, vocab, ignore_index)
-        self.count = len(targets)
-        self.index = live_rows(live, self.count, targets, mask, ignore_index)
+        self.index = live_rows(live, targets, mask, ignore_index)
         self.targets, self.mask = self.pick(targets), self.pick(mask)
         self.temperature = self.pick(temperature) if temperature.ndim else temperature
 
     def pick(self, x: Tensor | None) -> Tensor | None:
         return x if x is None or self.index is None else x[self.index]
-
-    def spread(self, x: Tensor) -> Tensor:
-        """Back to all rows, 0 elsewhere."""
-        if self.index is None:
-            return x
-        out = x.new_zeros((self.count, *x.shape[1:]))
-        out[self.index] = x
-        return out
 
     def at(self, rows: slice) -> tuple[Tensor, Tensor | None, Tensor]:
         mask = None if self.mask is None else self.mask[rows]
@@ -113,23 +104,28 @@ def _run(
     max_workspace_bytes,
 ):
     """(logprobs, entropy, lse, top1, stats)"""
+    outputs = _allocate(
+        *(hidden, weight, targets, bias, temperature, mask, entropy, ignore_index),
+        max_workspace_bytes,
+    )
     per_row = _Rows(targets, temperature, mask, weight.shape[0], ignore_index)
     head = Head(hidden, weight, bias, per_row.index, max_workspace_bytes)
-    n, threads = len(per_row.targets), torch.get_num_threads()
-    logprobs, lse = (hidden.new_empty((n,), dtype=torch.float32) for _ in range(2))
-    spread = hidden.new_empty((n if entropy else 0,), dtype=torch.float32)
-    top1 = hidden.new_empty((n,), dtype=torch.bool)
-    stats = hidden.new_empty((n, 2), dtype=torch.float32)
+    threads = torch.get_num_threads()
+    found = outputs
+    if per_row.index is not None:
+        n = len(per_row.index)
+        found = tuple(x.new_empty((n, *x.shape[1:])) for x in outputs)
+    logprobs, spread, lse, top1, stats = found
     for rows, logits, _ in head.chunks():
         _C.token_logprobs(
             *(logits, *per_row.at(rows), logprobs[rows], spread[rows] if entropy else None),
             *(lse[rows], top1[rows], stats[rows], ignore_index, threads),
         )
-    return (
-        per_row.spread(logprobs),
-        per_row.spread(spread) if entropy else spread,
-        *(per_row.spread(x) for x in (lse, top1, stats)),
-    )
+    if per_row.index is not None:
+        for to, by in zip(outputs, found, strict=True):
+            if len(to):
+                to.zero_()[per_row.index] = by
+    return outputs
 
 
 _linear_token_logprobs = register(
@@ -176,7 +172,8 @@ def _run_backward(
     needs,
 ):
     per_row = _Rows(targets, temperature, mask, weight.shape[0], ignore_index)
-    head = Head(hidden, weight, bias, per_row.index, max_workspace_bytes, tuple(needs))
+    outputs = allocate_gradients(hidden, weight, bias, tuple(needs))
+    head = Head(hidden, weight, bias, per_row.index, max_workspace_bytes, needed(outputs, needs))
     grads = [
         None if g is None else per_row.pick(plain_float(g)) for g in (grad_logprobs, grad_entropy)
     ]
@@ -189,7 +186,7 @@ def _run_backward(
             *(slopes, ignore_index, threads),
         )
         head.back(rows, slopes)
-    return head.gradients()
+    return outputs
 
 
 _linear_token_logprobs_backward = register(
@@ -255,8 +252,8 @@ def linear_token_logprobs(
     Args:
         hidden: (N, C) float32, bfloat16 or float16. Differentiable.
         weight: (V, C), of hidden's type or float32. Differentiable.
-        targets: int64 (N,), each in [0, V) or ignore_index. Where many rows are masked or ignored,
-            the GEMMs leave them out.
+        targets: int64 (N,), each in [0, V) or ignore_index. Masked and ignored
+            rows cost nothing.
         bias: (V,). Differentiable.
         max_workspace_bytes: bound of the memory beyond arguments, gradients and the float32 sum of
             weight's gradient, by chunks of rows (at least one row); 64 MiB if None.

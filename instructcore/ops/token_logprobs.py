@@ -81,7 +81,12 @@ def temperature_tensor(
     return plain_float(temperature)
 
 
-def check_temperature(op: str, temperature: Tensor) -> None:
+def check_temperature(
+    op: str, temperature: Tensor, targets: Tensor, mask: Tensor | None, ignore_index: int
+) -> None:
+    """Of the rows that count, on the CPU."""
+    live = targets != ignore_index
+    temperature = temperature[live if mask is None else live & mask]
     if temperature.numel() and not (lowest := temperature.min().item()) > 0:
         raise ValueError(f"{op}: temperature must be above 0, got {lowest}")
 
@@ -120,7 +125,7 @@ def _run(logits, targets, temperature, mask, entropy, ignore_index):
     op, vocab = "token_logprobs", logits.shape[1]
     targets, mask = targets.contiguous(), None if mask is None else mask.contiguous()
     if temperature.ndim:
-        check_temperature(op, temperature if mask is None else temperature[mask])
+        check_temperature(op, temperature, targets, mask, ignore_index)
     _C.check_targets(op, targets, mask, None, None, vocab, ignore_index)
     _C.token_logprobs(
         *(last_contiguous(logits), targets, mask, temperature, logprobs),
