@@ -3,10 +3,14 @@
 //
 //   logit(t, s) = softcap(scale q[t] . k[s]) - slope |t + S - T - s|,  softcap(x) = c tanh(x / c)
 //   query t sees keys t + S - T - left .. t + S - T + right, as far as they are in 0 .. S - 1
-//   lse[t] = log(sum over visible s of e^logit + e^sink),  p = e^(logit - lse),  out[t] = sum of p
-//   v[s] backward, given dout and dlse:  delta = dout . out - dlse
-//     dv[s] = sum of p dout[t],  dlogit = p (dout[t] . v[s] - delta[t]),  dsink = -sum of e^(sink -
-//     lse) delta
+//   lse[t] = log(sum over seen s of e^logit + e^sink),  p = e^(logit - lse)
+//   out[t] = sum over seen s of p v[s]
+//
+// Backward, given dout and dlse:
+//   delta[t] = dout[t] . out[t] - dlse[t],  dlogit = p (dout[t] . v[s] - delta[t])
+//   dv[s] = sum over t of p dout[t],  dsink = -sum over t of e^(sink - lse) delta
+//   dq and dk follow from dlogit and softcap' = 1 - tanh^2
+//
 // A row without a visible key: out 0, lse the sink or -inf, no gradient. Masked pairs are left out
 // by selection, so NaN behind the mask stays there. Math in float32 whatever the element type.
 #pragma once

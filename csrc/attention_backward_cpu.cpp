@@ -57,15 +57,19 @@ class BackwardTask {
     pack_columns(a_.dtype, k, key_, n_keys_, a_.dim, key_columns_);
     pack_columns(a_.dtype, v, key_, n_keys_, a_.dim, value_columns_);
     keys_finite_ = pack_rows(a_.dtype, k, key_, n_keys_, a_.dim, 1.0f, keys_);
-    __builtin_memset(grad_k_, 0, n_keys_ * plan_.padded * sizeof(float));
-    __builtin_memset(grad_v_, 0, n_keys_ * plan_.padded * sizeof(float));
     const Span rows{s_.first_row(key_), s_.end_row(key_ + n_keys_ - 1)};
     if (rows.size() > 0)
       for (int64_t i = rows.begin / plan_.back_rows; i * plan_.back_rows < rows.end; ++i)
         add_rows(index, i, rows);
     const Rows grad_k = key_rows(a_, b_.grad_k, s_, kv_head_);
     const Rows grad_v = key_rows(a_, b_.grad_v, s_, kv_head_);
+    const float zeros[kAttentionMaxDim] = {};
     for (int64_t j = 0; j < n_keys_; ++j) {
+      if (s_.end_row(key_ + j) <= s_.first_row(key_ + j)) {  // seen by no query
+        store_row(a_.dtype, zeros, a_.dim, 1.0f, grad_k.at(key_ + j));
+        store_row(a_.dtype, zeros, a_.dim, 1.0f, grad_v.at(key_ + j));
+        continue;
+      }
       store_row(a_.dtype, grad_k_ + j * plan_.padded, a_.dim, __builtin_fabsf(a_.scale),
                 grad_k.at(key_ + j));
       store_row(a_.dtype, grad_v_ + j * plan_.padded, a_.dim, 1.0f, grad_v.at(key_ + j));
@@ -84,7 +88,10 @@ class BackwardTask {
   void add_rows(int64_t index, int64_t block, Span rows) {
     const Span all{larger(seen_.begin, block * plan_.back_rows),
                    smaller(seen_.end, (block + 1) * plan_.back_rows)};
-    const Span here{larger(rows.begin, all.begin), smaller(rows.end, all.end)};
+    // Whole tiles, the same ones at each visit: a tile is fresh or not as one.
+    const int64_t before = larger(0, rows.begin - all.begin) / kTileRows * kTileRows;
+    const int64_t after = round_up(smaller(rows.end, all.end) - all.begin, kTileRows);
+    const Span here{all.begin + before, smaller(all.begin + after, all.end)};
     pack_queries(here);
     for (int64_t r = here.begin; r < here.end; r += kTileRows)
       logit_gradients(r, smaller(kTileRows, here.end - r), r - here.begin);
@@ -102,7 +109,6 @@ class BackwardTask {
              first_token(a_, s_) * s_.group / plan_.back_rows;
       while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != index - first) sched_yield();
     }
-    if (index == first) __builtin_memset(sums, 0, all.size() * plan_.padded * sizeof(float));
     for (int64_t r = here.begin; r < here.end; r += kTileRows)
       add_to_queries(r, smaller(kTileRows, here.end - r), r - here.begin,
                      sums + (r - all.begin) * plan_.padded);
@@ -165,11 +171,8 @@ class BackwardTask {
         Vec weight = exp_normal(fma(x, scale, zero - lse));
         Vec change = weight * (load(dlogit + v * kLanes) - delta);
         if (!plain_) change = change * slope;
-        if (!all_seen(v, seen.begin, seen.end)) {
-          const Mask mask = seen_lanes(v, seen.begin, seen.end);
-          weight = select(mask, weight, zero);
-          change = select(mask, change, zero);
-        }
+        weight = where_seen(v, seen.begin, seen.end, weight, zero);
+        change = where_seen(v, seen.begin, seen.end, change, zero);
         store(p + v * kLanes, weight);
         store(dlogit + v * kLanes, change);
       }
@@ -186,14 +189,17 @@ class BackwardTask {
   // is not finite: 0 times it would be NaN.
   void add_to_keys(int64_t j, int64_t keys, Span here) {
     const int64_t padded = plan_.padded;
+    const bool fresh = s_.first_row(key_ + j) >= here.begin;  // no row added to them before
     const auto add = [&](const float* weights, const float* from, bool finite, float* to) {
       const int64_t step = finite ? keys : 1;
+      const float* keep = fresh && finite ? nullptr : kOnes;
+      if (fresh && !finite) __builtin_memset(to + j * padded, 0, keys * padded * sizeof(float));
       for (int64_t first = j; first < j + keys; first += step) {
         const int64_t begin = larger(here.begin, s_.first_row(key_ + first));
         const int64_t end = smaller(here.end, s_.end_row(key_ + first + step - 1));
         if (end <= begin) continue;
         const int64_t i = begin - here.begin;
-        multiply<true>({weights + i * ld_ + first, from + i * padded, to + first * padded, kOnes,
+        multiply<true>({weights + i * ld_ + first, from + i * padded, to + first * padded, keep,
                         ld_, padded, padded, end - begin},
                        step, padded);
       }
@@ -205,11 +211,14 @@ class BackwardTask {
   // dq += dlogit k for a tile of rows, the first the i-th of its block.
   void add_to_queries(int64_t r, int64_t rows, int64_t i, float* to) {
     const int64_t padded = plan_.padded, step = keys_finite_ ? rows : 1;
+    const bool fresh = s_.first_seen(r) >= key_;  // no block of keys added to them before
+    const float* keep = fresh && keys_finite_ ? nullptr : kOnes;
+    if (fresh && !keys_finite_) __builtin_memset(to, 0, rows * padded * sizeof(float));
     for (int64_t m = 0; m < rows; m += step) {
       const Span seen = seen_by(r + m, step);
       if (seen.size() == 0) continue;
       multiply({dlogit_ + (i + m) * ld_ + seen.begin, keys_ + seen.begin * padded, to + m * padded,
-                kOnes, ld_, padded, padded, seen.size()},
+                keep, ld_, padded, padded, seen.size()},
                step, padded);
     }
   }

@@ -79,14 +79,12 @@ int64_t lse_index(const AttentionArgs& a, const Sequence& s, int64_t head, int64
   return a.cu_q ? head * a.queries + s.first_query + t : (s.index * a.heads + head) * a.queries + t;
 }
 
-// Keys a .. z - 1 as a mask over vector v of a block.
-IC_INLINE Mask seen_lanes(int64_t v, int64_t a, int64_t z) {
-  const VecInt key = iota() + broadcast_int(static_cast<int32_t>(v * kLanes));
-  return (broadcast_int(static_cast<int32_t>(a - 1)) < key) &
-         (key < broadcast_int(static_cast<int32_t>(z)));
-}
-IC_INLINE bool all_seen(int64_t v, int64_t a, int64_t z) {
-  return a <= v * kLanes && (v + 1) * kLanes <= z;
+// x where vector v of a block holds keys a .. z - 1, else `other`.
+IC_INLINE Vec where_seen(int64_t v, int64_t a, int64_t z, Vec x, Vec other) {
+  const int64_t from = a - v * kLanes, to = z - v * kLanes;
+  if (to < kLanes) x = select(iota() < broadcast_int(static_cast<int32_t>(to)), x, other);
+  if (from > 0) x = select(iota() < broadcast_int(static_cast<int32_t>(from)), other, x);
+  return x;
 }
 
 // ---- rows of a tensor ----

@@ -11,38 +11,30 @@
 namespace ic::IC_ISA {
 namespace {
 
-// Running softmax of rows: the largest logit, and per-lane sums of exponentials.
-struct Running {
-  float* maximum;  // (rows,)
-  float* sums;     // (rows, 16)
-};
-
-// Logits (times scale) of keys a .. z - 1 become exponentials, all others in vectors v0 .. v1 - 1
-// become 0. Returns the factor that takes earlier sums to the new maximum.
+// Logits (times scale) of keys a .. z - 1 become exponentials against the largest so far, all
+// others in vectors v0 .. v1 - 1 become 0; their sums, lane by lane, join `sums`. Returns the
+// factor that takes what was summed before to the new maximum.
 IC_INLINE float softmax_row(float* s, int64_t v0, int64_t v1, int64_t a, int64_t z, float scale,
                             float* maximum, float* sums) {
-  const Vec zero = broadcast(0.0f);
+  const Vec zero = broadcast(0.0f), lowest = broadcast(-__builtin_inff());
   if (z <= a) {
     for (int64_t v = v0; v < v1; ++v) store(s + v * kLanes, zero);
     return 1.0f;
   }
   const int64_t first = a / kLanes, last = (z - 1) / kLanes;
-  Vec top = broadcast(-__builtin_inff());
+  Vec top = lowest;
   for (int64_t v = first; v <= last; ++v) {
-    Vec x = load(s + v * kLanes);
-    if (!all_seen(v, a, z)) x = select(seen_lanes(v, a, z), x, broadcast(-__builtin_inff()));
+    const Vec x = where_seen(v, a, z, load(s + v * kLanes) * broadcast(scale), lowest);
+    store(s + v * kLanes, x);
     top = max(x, top);
   }
-  const float before = *maximum, here = reduce_max(top) * scale;
+  const float before = *maximum, here = reduce_max(top);
   const float now = here > before ? here : before;
   *maximum = now;
   Vec sum = zero;
   for (int64_t v = v0; v < first; ++v) store(s + v * kLanes, zero);
   for (int64_t v = first; v <= last; ++v) {
-    // Not fused: at the maximum both are rounded alike, so a row of one key has p = 1 and out = v,
-    // exactly.
-    Vec p = exp_normal(load(s + v * kLanes) * broadcast(scale) - broadcast(now));
-    if (!all_seen(v, a, z)) p = select(seen_lanes(v, a, z), p, zero);
+    const Vec p = exp_normal(load(s + v * kLanes) - broadcast(now));
     store(s + v * kLanes, p);
     sum = sum + p;
   }
@@ -87,10 +79,10 @@ class ForwardTask {
     Arena arena(scratch);
     columns_ = arena.take(plan.keys * plan.padded);
     values_ = arena.take(plan.keys * plan.padded);
-    q_ = arena.take(plan.rows * plan.padded);
+    packed_q_ = arena.take(plan.rows * plan.padded);
     out_ = arena.take(plan.rows * plan.padded);
-    running_.sums = arena.take(plan.rows * kLanes);
-    running_.maximum = arena.take(plan.rows);
+    sums_ = arena.take(plan.rows * kLanes);
+    maximum_ = arena.take(plan.rows);
     logits_ = arena.take(kTileRows * plan.keys);
     plain_ = !(a_.softcap > 0) && !a_.slopes;
   }
@@ -99,9 +91,8 @@ class ForwardTask {
   void run(int64_t begin, int64_t end) {
     pack_queries(begin, end);
     const int64_t n = end - begin;
-    __builtin_memset(out_, 0, n * plan_.padded * sizeof(float));
-    __builtin_memset(running_.sums, 0, n * kLanes * sizeof(float));
-    for (int64_t i = 0; i < n; ++i) running_.maximum[i] = -__builtin_inff();
+    __builtin_memset(sums_, 0, n * kLanes * sizeof(float));
+    for (int64_t i = 0; i < n; ++i) maximum_[i] = -__builtin_inff();
     const Rows k = key_rows(a_, a_.k, s_, kv_head_), v = key_rows(a_, a_.v, s_, kv_head_);
     const int64_t end_key = s_.end_seen(end - 1);
     for (int64_t key = s_.first_seen(begin) / plan_.keys * plan_.keys; key < end_key;
@@ -118,10 +109,17 @@ class ForwardTask {
  private:
   void pack_queries(int64_t begin, int64_t end) {
     const Rows rows = query_rows(a_.q, a_.dtype, s_, kv_head_);
-    pack_rows(a_.dtype, rows, begin, end - begin, a_.dim, sign_of(a_.scale), q_);
+    if (a_.dtype == Dtype::kFloat32 && s_.group == 1 && !(a_.scale < 0) && !a_.pages.cos) {
+      q_ = reinterpret_cast<const float*>(rows.at(begin));
+      q_row_ = a_.q.token;
+      return;
+    }
+    q_ = packed_q_;
+    q_row_ = plan_.padded;
+    pack_rows(a_.dtype, rows, begin, end - begin, a_.dim, sign_of(a_.scale), packed_q_);
     if (!a_.pages.cos) return;
     for (int64_t r = begin; r < end; ++r) {
-      float* x = q_ + (r - begin) * plan_.padded;
+      float* x = packed_q_ + (r - begin) * plan_.padded;
       rotate_at(a_, s_, r / s_.group, x);
       round_to(a_.dtype, x, a_.dim);
     }
@@ -135,7 +133,7 @@ class ForwardTask {
     const int64_t z = smaller(n_keys, s_.end_seen(r + rows - 1) - key);
     if (z <= a) return;
     const int64_t v0 = a / kLanes, v1 = (z + kLanes - 1) / kLanes, padded = plan_.padded;
-    multiply_columns(q_ + i * padded, padded, columns_, a_.dim, rows, v0, v1, logits_, plan_.keys);
+    multiply_columns(q_ + i * q_row_, q_row_, columns_, a_.dim, rows, v0, v1, logits_, plan_.keys);
     float keep[kTileRows];
     for (int64_t m = 0; m < rows; ++m) {
       const int64_t row_a = larger(0, s_.first_seen(r + m) - key);
@@ -143,16 +141,18 @@ class ForwardTask {
       float* logits = logits_ + m * plan_.keys;
       if (!plain_) to_logits(logits, v0, v1, r + m, key);
       const float scale = plain_ ? __builtin_fabsf(a_.scale) : 1.0f;
-      keep[m] = softmax_row(logits, v0, v1, row_a, row_z, scale, running_.maximum + i + m,
-                            running_.sums + (i + m) * kLanes);
+      keep[m] = softmax_row(logits, v0, v1, row_a, row_z, scale, maximum_ + i + m,
+                            sums_ + (i + m) * kLanes);
     }
+    const bool fresh = s_.first_seen(r) >= key;  // nothing was added to these rows before
     if (finite) {
-      multiply({logits_ + a, values_ + a * padded, out_ + i * padded, keep, plan_.keys, padded,
-                padded, z - a},
+      multiply({logits_ + a, values_ + a * padded, out_ + i * padded, fresh ? nullptr : keep,
+                plan_.keys, padded, padded, z - a},
                rows, padded);
       return;
     }
     // A value is infinite or NaN: each row takes exactly the keys that it sees.
+    if (fresh) __builtin_memset(out_ + i * padded, 0, rows * padded * sizeof(float));
     for (int64_t m = 0; m < rows; ++m) {
       const int64_t row_a = larger(0, s_.first_seen(r + m) - key);
       const int64_t row_z = smaller(n_keys, s_.end_seen(r + m) - key);
@@ -176,12 +176,13 @@ class ForwardTask {
     const Rows out = query_rows(a_.out, a_.dtype, s_, kv_head_);
     float* lse = a_.lse + lse_index(a_, s_, head, t);
     const float sink = a_.sinks ? a_.sinks[head] : -__builtin_inff();
-    if (s_.end_seen(row) <= s_.first_seen(row)) {  // its output is 0 since run() began
-      store_row(a_.dtype, out_ + i * plan_.padded, a_.dim, 1.0f, out.at(row));
+    if (s_.end_seen(row) <= s_.first_seen(row)) {
+      const float zeros[kAttentionMaxDim] = {};
+      store_row(a_.dtype, zeros, a_.dim, 1.0f, out.at(row));
       *lse = sink;
       return;
     }
-    float sum = reduce_add(load(running_.sums + i * kLanes)), top = running_.maximum[i];
+    float sum = reduce_add(load(sums_ + i * kLanes)), top = maximum_[i];
     float factor = 1.0f;
     if (a_.sinks) {
       const float before = top;
@@ -197,8 +198,10 @@ class ForwardTask {
   const AttentionPlan& plan_;
   const Sequence& s_;
   int64_t kv_head_;
-  float *columns_, *values_, *q_, *out_, *logits_;
-  Running running_;
+  float *columns_, *values_, *packed_q_, *out_, *logits_;
+  float *maximum_, *sums_;  // running softmax: (rows,) and (rows, 16)
+  const float* q_;          // (rows, D), packed or in place
+  int64_t q_row_;
   bool plain_;
 };
 

@@ -170,8 +170,8 @@ void attention_backward(TensorView q, TensorView k, TensorView v, OptionalView c
                         OptionalView cu_k, OptionalView slopes, OptionalView sinks, TensorView out,
                         TensorView lse, TensorView grad_out, OptionalView grad_lse,
                         TensorView grad_q, TensorView grad_k, TensorView grad_v,
-                        OptionalView grad_sinks, TensorView workspace, TensorView sums,
-                        TensorView turns, bool causal, float scale, int64_t left, int64_t right,
+                        OptionalView grad_sinks, TensorView workspace, OptionalView sums,
+                        OptionalView turns, bool causal, float scale, int64_t left, int64_t right,
                         float softcap, int threads) {
   ic::AttentionBackwardArgs args{};
   const char* op = attention_name(cu_q);
@@ -183,10 +183,10 @@ void attention_backward(TensorView q, TensorView k, TensorView v, OptionalView c
   args.grad_v = attention_tensor(grad_v);
   args.grad_lse = data_or_null<const float>(grad_lse);
   args.grad_sinks = data_or_null<float>(grad_sinks);
-  args.sums = sums.data<float>();
-  args.turns = turns.data<int32_t>();
-  args.turns_size = turns.numel();
-  if (cu_k && turns.numel() == 0 && !q.is_cuda()) {
+  args.sums = data_or_null<float>(sums);
+  args.turns = data_or_null<int32_t>(turns);
+  args.turns_size = turns ? turns->numel() : 0;
+  if (cu_k && !turns && !q.is_cuda()) {
     const int32_t* cu = args.forward.cu_k;
     const int64_t most = ic::attention_plan(args.forward.dim).back_keys;
     for (int64_t b = 0; b < args.forward.sequences; ++b)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import lru_cache
 
 import torch
@@ -262,9 +263,20 @@ def _allocate(
     return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.float32)
 
 
-def _workspace(q: Tensor, floats: int) -> tuple[Tensor, int]:
-    threads = torch.get_num_threads()
-    return q.new_empty(threads * (floats + 1), dtype=torch.float32), threads
+class _Scratch(threading.local):
+    """The calling thread's workspace, kept: fresh pages would cost more than a short call."""
+
+    tensor = torch.empty(0)
+
+    def take(self, floats: int) -> tuple[Tensor, int]:
+        """(workspace, threads) for `floats` per thread and a flag each."""
+        threads = torch.get_num_threads()
+        if self.tensor.numel() < threads * (floats + 1):
+            self.tensor = torch.empty(threads * (floats + 1), dtype=torch.float32)
+        return self.tensor, threads
+
+
+_scratch = _Scratch()
 
 
 def _plain(x: Tensor | None) -> Tensor | None:
@@ -273,7 +285,7 @@ def _plain(x: Tensor | None) -> Tensor | None:
 
 def _run(q, k, v, cu_q, cu_k, slopes, sinks, max_seqlen_k, *settings):
     out, lse = _allocate(q, k, v, cu_q, cu_k, slopes, sinks, max_seqlen_k, *settings)
-    workspace, threads = _workspace(q, _plan(q.shape[-1])[0])
+    workspace, threads = _scratch.take(_plan(q.shape[-1])[0])
     _C.attention(
         *(last_contiguous(x) for x in (q, k, v)),
         *(_plain(x) for x in (cu_q, cu_q if cu_k is None else cu_k, slopes, sinks)),
@@ -304,13 +316,14 @@ def _run_backward(
         grad_out, grad_lse, q, k, v, out, lse, cu_q, cu_k, slopes, sinks, max_seqlen_k
     )
     _, floats, keys, rows, padded = _plan(q.shape[-1])
-    workspace, threads = _workspace(q, floats)
+    workspace, threads = _scratch.take(floats)
     heads, kv_heads = q.shape[-2], k.shape[-2]
     tokens, batch = lse.numel() // heads, (q.shape[0] if cu_q is None else cu_q.shape[0] - 1)
-    sums = turns = 0
+    sums = turns = None
     if max_seqlen_k > keys:  # several tasks add to the same queries
-        sums = tokens * heads * padded
-        turns = kv_heads * (tokens * (heads // kv_heads) // rows + batch + 1)
+        sums = q.new_empty(tokens * heads * padded, dtype=torch.float32)
+        count = kv_heads * (tokens * (heads // kv_heads) // rows + batch + 1)
+        turns = q.new_zeros(count, dtype=torch.int32)
     _C.attention_backward(
         *(last_contiguous(x) for x in (q, k, v)),
         *(_plain(x) for x in (cu_q, cu_q if cu_k is None else cu_k, slopes, sinks)),
@@ -323,8 +336,8 @@ def _run_backward(
         grad_v,
         None if sinks is None else grad_sinks,
         workspace,
-        q.new_empty(sums, dtype=torch.float32),
-        q.new_zeros(turns, dtype=torch.int32),
+        sums,
+        turns,
         *settings,
         threads,
     )
@@ -584,7 +597,7 @@ def _run_paged(
     out, lse = _allocate_paged(
         q, k_cache, v_cache, table, held, cu_q, k_new, v_new, cos, sin, slopes, sinks, *settings
     )
-    workspace, threads = _workspace(q, _plan(q.shape[-1])[0])
+    workspace, threads = _scratch.take(_plan(q.shape[-1])[0])
     _C.attention_paged(
         last_contiguous(q),
         k_cache,
