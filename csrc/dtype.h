@@ -3,6 +3,13 @@
 
 #include <stdint.h>
 
+// A rule that the CPU and the GPU share is one function, of this kind.
+#if defined(__CUDACC__)
+#define IC_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define IC_HOST_DEVICE inline __attribute__((always_inline))
+#endif
+
 namespace ic {
 
 enum class Dtype : uint8_t { kFloat32, kBFloat16, kFloat16, kInt32, kInt64, kBool, kUInt8 };

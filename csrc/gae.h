@@ -12,12 +12,6 @@
 #include "dtype.h"
 #include "isa.h"
 
-#if defined(__CUDACC__)
-#define IC_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define IC_HOST_DEVICE inline __attribute__((always_inline))
-#endif
-
 namespace ic {
 
 struct GaeArgs {

@@ -11,6 +11,7 @@
 #include "isa.h"
 #include "ppo_advantage.h"
 #include "ppo_loss.h"
+#include "sample.h"
 #include "tensor.h"
 #include "token_logprobs.h"
 
@@ -455,6 +456,59 @@ void ppo_loss(TensorView logprobs, TensorView old_logprobs, TensorView advantage
   run_on_cpu("ppo_loss", logprobs, ic::ppo_loss_cpu, args);
 }
 
+// ---- sample ----
+
+// A setting of each row, (N,) or 0-d, or else the same for all.
+template <class T>
+ic::Control<T> control(const OptionalView& rows, T all) {
+  if (!rows) return {nullptr, 0, all};
+  return {rows->data<const T>(), rows->ndim() ? rows->stride(0) : 0, all};
+}
+
+void sample(TensorView logits, OptionalView bias, OptionalView generated, OptionalView prompt,
+            OptionalView allowed, const std::array<OptionalView, 9>& controls,
+            const std::array<float, 6>& floats, const std::array<int64_t, 3>& integers,
+            TensorView tokens, TensorView logprobs, TensorView sampled_logprobs,
+            TensorView workspace, int threads) {
+  ic::SampleArgs args{};
+  args.logits = logits.raw();
+  args.bias = data_or_null<const float>(bias);
+  args.generated = data_or_null<const int32_t>(generated);
+  args.prompt = data_or_null<const uint8_t>(prompt);
+  args.allowed = data_or_null<const uint8_t>(allowed);
+  args.rows = logits.size(0);
+  args.vocab = logits.size(1);
+  args.logits_row = logits.stride(0);
+  args.bias_row = bias && bias->ndim() == 2 ? bias->stride(0) : 0;
+  args.generated_row = stride_or_zero(generated, 0);
+  args.prompt_row = stride_or_zero(prompt, 0);
+  args.allowed_row = stride_or_zero(allowed, 0);
+  args.temperature = control(controls[0], floats[0]);
+  args.top_p = control(controls[1], floats[1]);
+  args.min_p = control(controls[2], floats[2]);
+  args.repetition = control(controls[3], floats[3]);
+  args.presence = control(controls[4], floats[4]);
+  args.frequency = control(controls[5], floats[5]);
+  args.top_k = control(controls[6], integers[0]);
+  args.seed = control(controls[7], integers[1]);
+  args.position = control(controls[8], integers[2]);
+  args.tokens = tokens.data<int64_t>();
+  args.logprobs = logprobs.data<float>();
+  args.sampled_logprobs = sampled_logprobs.data<float>();
+  args.workspace = workspace.data<float>();
+  args.slots = workspace.size(0);
+  args.padded_vocab = workspace.size(2);
+  args.dtype = logits.dtype();
+  args.threads = threads;
+  run_on_cpu("sample", logits, ic::sample_cpu, args);
+}
+
+std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
+  uint32_t words[4] = {counter[0], counter[1], counter[2], counter[3]};
+  ic::philox4x32(words, key[0], key[1]);
+  return {words[0], words[1], words[2], words[3]};
+}
+
 // ---- token_logprobs ----
 
 ic::TokenLogprobsArgs token_logprobs_args(const TensorView& logits, const TensorView& targets,
@@ -568,4 +622,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("segment_tokens"), py::arg("by_sequence"), py::arg("ratio_low"),
         py::arg("ratio_high"), py::arg("dual_clip"), py::arg("value_clip_range"),
         py::arg("value_coef"), py::arg("entropy_coef"), py::arg("kl_coef"), py::arg("threads"));
+
+  m.def("sample", &sample, py::arg("logits"), py::arg("bias"), py::arg("generated"),
+        py::arg("prompt"), py::arg("allowed"), py::arg("controls"), py::arg("floats"),
+        py::arg("integers"), py::arg("tokens"), py::arg("logprobs"), py::arg("sampled_logprobs"),
+        py::arg("workspace"), py::arg("threads"));
+  m.def("philox", &philox, py::arg("counter"), py::arg("key"));
 }

@@ -138,6 +138,50 @@ IC_INLINE Vec from_bits(VecInt a) {
   return r;
 }
 
+IC_INLINE VecInt operator^(VecInt a, uint32_t b) {
+  return a ^ broadcast_int(static_cast<int32_t>(b));
+}
+
+struct WideProduct {
+  VecInt high, low;
+};
+
+// Each lane times m, both unsigned. The machine multiplies every other lane at a time.
+IC_INLINE WideProduct multiply_wide(VecInt a, uint32_t m) {
+  using Wide = uint64_t __attribute__((vector_size(4 * kNativeLanes)));
+  const NativeInt keep_low = (NativeInt)(Wide{} + 0xffffffffu);
+  WideProduct r;
+  IC_EACH_PART {
+    const Wide odd_lanes = (Wide)a.part[p] >> 32;
+#if defined(__AVX512F__)
+    const Wide even = (Wide)_mm512_mul_epu32((__m512i)a.part[p], _mm512_set1_epi32(m));
+    const Wide odd = (Wide)_mm512_mul_epu32((__m512i)odd_lanes, _mm512_set1_epi32(m));
+#elif defined(__AVX2__)
+    const Wide even = (Wide)_mm256_mul_epu32((__m256i)a.part[p], _mm256_set1_epi32(m));
+    const Wide odd = (Wide)_mm256_mul_epu32((__m256i)odd_lanes, _mm256_set1_epi32(m));
+#elif defined(__x86_64__)
+    const Wide even = (Wide)_mm_mul_epu32((__m128i)a.part[p], _mm_set1_epi32(m));
+    const Wide odd = (Wide)_mm_mul_epu32((__m128i)odd_lanes, _mm_set1_epi32(m));
+#else
+    const Wide even = ((Wide)a.part[p] & 0xffffffffu) * m, odd = odd_lanes * m;
+#endif
+    r.high.part[p] = (NativeInt)(even >> 32) | ((NativeInt)odd & ~keep_low);
+    r.low.part[p] = ((NativeInt)even & keep_low) | (NativeInt)(odd << 32);
+  }
+  return r;
+}
+
+IC_INLINE bool any(Mask m) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)m.part[0], (__m512i)m.part[0]) != 0;
+#else
+  using Wide = int64_t __attribute__((vector_size(4 * kNativeLanes)));
+  int64_t joined = 0;
+  IC_EACH_PART for (int i = 0; i < kNativeLanes / 2; ++i) joined |= ((Wide)m.part[p])[i];
+  return joined != 0;
+#endif
+}
+
 IC_INLINE VecInt shift_left(VecInt a, int n) {
   IC_EACH_PART a.part[p] <<= n;
   return a;
@@ -305,6 +349,27 @@ IC_INLINE void store_partial(float* to, Vec a, int n) {
 }
 #endif
 
+// Writes the lanes that the mask has, next to each other, and returns their number. All 16 elements
+// of `to` may be written.
+IC_INLINE int store_packed(float* to, Vec a, Mask m) {
+#if defined(__AVX512F__)
+  const __mmask16 lanes = _mm512_test_epi32_mask((__m512i)m.part[0], (__m512i)m.part[0]);
+  _mm512_storeu_ps(to, _mm512_maskz_compress_ps(lanes, (__m512)a.part[0]));
+  return __builtin_popcount(lanes);
+#else
+  float lane[kLanes];
+  int32_t kept[kLanes];
+  store(lane, a);
+  __builtin_memcpy(kept, &m, sizeof kept);
+  int n = 0;
+  for (int i = 0; i < kLanes; ++i) {
+    to[n] = lane[i];
+    n -= kept[i];
+  }
+  return n;
+#endif
+}
+
 // Bytes as a mask: a lane is true where its byte is not 0; lanes from n on are false.
 IC_INLINE Mask load_mask(const uint8_t* from, int n) {
   int32_t lane[kLanes];
@@ -356,13 +421,8 @@ IC_INLINE Vec exp_normal(Vec x) {
   return select(x < broadcast(-87.0f), broadcast(0.0f), q * power);
 }
 
-// ln x for normal x > 0 (0 and denormals give about -88). With m in [sqrt(1/2), sqrt(2)) and
-// s = (m - 1) / (m + 1): ln m = 2 atanh(s), its series to s^9.
-IC_INLINE Vec log(Vec x) {
-  const VecInt offset = bits(x) - broadcast_int(0x3f3504f3);  // sqrt(1/2)
-  const VecInt exponent = shift_right(offset, 23);
-  const Vec m = from_bits((offset & broadcast_int(0x007fffff)) + broadcast_int(0x3f3504f3));
-  const Vec f = m - broadcast(1.0f);
+// ln(2^exponent m), f = m - 1. With s = f / (m + 1): ln m = 2 atanh(s), its series to s^9.
+IC_INLINE Vec log_of_parts(VecInt exponent, Vec m, Vec f) {
   const Vec s = f / (m + broadcast(1.0f));
   const Vec z = s * s;
   Vec q = broadcast(2.0f / 9.0f);
@@ -373,6 +433,23 @@ IC_INLINE Vec log(Vec x) {
   // 2s = f - s f exactly enough: the leading term keeps f's full precision.
   const Vec tail = fma(s * z, q, fma(e, broadcast(0x1.7f7d1cp-20f), s * (broadcast(0.0f) - f)));
   return fma(e, broadcast(0x1.62e400p-1f), f + tail);
+}
+
+// ln x for normal x > 0 (0 and denormals give about -88), by way of m in [sqrt(1/2), sqrt(2)).
+IC_INLINE Vec log(Vec x) {
+  const VecInt offset = bits(x) - broadcast_int(0x3f3504f3);  // sqrt(1/2)
+  const VecInt exponent = shift_right(offset, 23);
+  const Vec m = from_bits((offset & broadcast_int(0x007fffff)) + broadcast_int(0x3f3504f3));
+  return log_of_parts(exponent, m, m - broadcast(1.0f));
+}
+
+// ln(1 + x) for x > -1: exact to the last bits near 0 too.
+IC_INLINE Vec log1p(Vec x) {
+  const VecInt offset = bits(x + broadcast(1.0f)) - broadcast_int(0x3f3504f3);
+  const VecInt exponent = shift_right(offset, 23);
+  const Vec m = from_bits((offset & broadcast_int(0x007fffff)) + broadcast_int(0x3f3504f3));
+  const Vec f = select(exponent == broadcast_int(0), x, m - broadcast(1.0f));
+  return log_of_parts(exponent, m, f);
 }
 
 // Cephes' tanhf: an odd polynomial below 0.625, 1 - 2 / (e^2x + 1) above.

@@ -22,11 +22,14 @@ from .ppo_advantage import (
     whiten_advantages_reference,
 )
 from .ppo_loss import PPOStats, ppo_loss, ppo_loss_reference
+from .sample import Penalties, Sampled, sample, sample_reference
 from .token_logprobs import TokenLogprobs, token_logprobs, token_logprobs_reference
 
 __all__ = [
     "PPOStats",
     "PPOTargets",
+    "Penalties",
+    "Sampled",
     "TokenLogprobs",
     "attention",
     "attention_paged_",
@@ -46,6 +49,8 @@ __all__ = [
     "ppo_advantage_reference",
     "ppo_loss",
     "ppo_loss_reference",
+    "sample",
+    "sample_reference",
     "token_logprobs",
     "token_logprobs_reference",
     "whiten_advantages",
