@@ -1,0 +1,221 @@
+"""Reward model: a score per response, learned from rankings (Ouyang et al. 2022, section 3.5).
+
+All K responses to a prompt are scored in one batch element, K forwards for C(K, 2) comparisons:
+
+    loss = mean over prompts of  −1 / pairs · Σ over pairs (w better than l) log σ(r_w − r_l)
+
+where a pair of equal rank is no pair. A response's score is read at its last token, the EOS.
+After training the bias is set so that demonstrations score 0 on average.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import OptimConfig, RunConfig, check, check_divides, check_options, group, option
+from .data import (
+    Comparison,
+    EpochOrder,
+    encode_demonstrations,
+    pack,
+    read_comparisons,
+    read_demonstrations,
+    report_dropped,
+)
+from .errors import UserError
+from .model import GPT, load
+from .pretrain import to_device
+from .sft import split
+from .tokenizer import Tokenizer
+from .train import AdamW, Metrics, Run, TrainState, mix, optimise, resolve_checkpoint
+
+
+def ranking_loss(scores: Tensor, better: Tensor, worse: Tensor, weight: Tensor) -> Tensor:
+    """−Σ weight · log σ(scores[better] − scores[worse]); scores (R,), the rest (P,), one a pair.
+
+    With weight 1 / (pairs of its prompt · prompts) this is the loss above.
+    """
+    return -(weight * F.logsigmoid(scores[better] - scores[worse])).sum()
+
+
+class Ranking(NamedTuple):
+    """The responses to one prompt as token ids, and who beats whom."""
+
+    rows: list[list[int]]
+    pairs: list[tuple[int, int]]  # (better, worse), ties left out
+    best: int
+
+
+def pairs_of(ranks: Sequence[float]) -> list[tuple[int, int]]:
+    """All (better, worse) of a ranking, in which a lower rank is better and equal ones are tied."""
+    indices = range(len(ranks))
+    return [(i, j) for i in indices for j in indices if ranks[i] < ranks[j]]
+
+
+def response_scores(model: GPT, rows: list[list[int]]) -> Tensor:
+    """(R,) scores of whole sequences, read at the last token of each."""
+    packed = to_device(pack([(row, None) for row in rows]), model.embed.device)
+    hidden = model.hidden(packed.tokens, packed.cu_seqlens, max_seqlen=packed.max_seqlen)
+    return model.scores(hidden[packed.cu_seqlens[1:].long() - 1])
+
+
+def accuracy(right: Sequence[float], pairs: Sequence[int]) -> tuple[float, float, float]:
+    """Share of pairs ordered rightly and its 95 % interval, from the figures of each prompt.
+
+    Pairs of one prompt are not independent: the interval is that of a ratio over prompts,
+    p ± 1.96 · sqrt(m / (m − 1) · Σ (right_i − p · pairs_i)²) / Σ pairs_i.
+    """
+    m, total = len(pairs), sum(pairs)
+    p = sum(right) / total
+    residual = sum((r - p * n) ** 2 for r, n in zip(right, pairs, strict=True))
+    half = 1.96 * math.sqrt(residual * m / max(1, m - 1)) / total
+    return p, max(0.0, p - half), min(1.0, p + half)
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Settings of `instructcore reward`."""
+
+    init: str = option("", "checkpoint to begin with: an SFT model", required=True, metavar="CKPT")
+    data: tuple[str, ...] = option(
+        (), "JSONL files of ranked responses", required=True, metavar="FILE"
+    )
+    demonstrations: tuple[str, ...] = option(
+        (),
+        "JSONL files whose responses are to score 0 on average; else the best of the data",
+        metavar="FILE",
+    )
+    val_fraction: float = option(0.1, "share of the prompts held out", range="[0, 1)")
+    epochs: int = option(1, "passes over the prompts", paper="1", range="[1, inf)")
+    batch: int = option(32, "prompts per step, all their responses", paper="64", range="[1, inf)")
+    micro_batch: int = option(0, "prompts at once, 0 = all; must divide batch", range="[0, inf)")
+    overlong: str = option(
+        "drop", "prompts with a response longer than the context", choices=("drop", "error")
+    )
+    eval_every: int = option(0, "held-out accuracy every so many steps, 0 = at the end")
+    optim: OptimConfig = group(OptimConfig, lr=5e-5, warmup=0.03)
+    run: RunConfig = group(RunConfig)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.micro_batch:
+            check_divides(self.micro_batch, self.batch, ("micro-batch", "batch"))
+
+
+def run(config: RewardConfig) -> Path:
+    """Runs the stage; returns the final checkpoint."""
+    run, seed = Run.open("reward", config), config.run.seed
+    if run.finished:
+        return run.final
+    path = resolve_checkpoint(config.init, "sft")
+    tokenizer, trunk = Tokenizer.load(path), load(path, dtype=run.dtype, device=run.device)
+    tokenizer.add_specials()
+    trunk.resize_vocab(tokenizer.vocab_size, torch.Generator().manual_seed(mix(seed, -1)))
+    model = trunk.to_scalar_head(torch.Generator().manual_seed(mix(seed, -3)))
+    model.eval()  # no dropout: comparisons are between responses, not between noises
+    context = model.config.context
+
+    rankings = encode(read_comparisons(config.data), tokenizer, context, config.overlong)
+    rankings, held_out = split(rankings, config.val_fraction, seed)
+    check(
+        len(rankings) >= config.batch,
+        f"--batch must be at most the {len(rankings)} prompts to train on, got {config.batch}",
+    )
+    if config.demonstrations:
+        demonstrations = read_demonstrations(config.demonstrations)
+        rows = encode_demonstrations(demonstrations, tokenizer, context, "drop")
+        good = [ids for ids, _ in rows]
+    else:
+        good = [ranking.rows[ranking.best] for ranking in rankings]
+    order, steps = EpochOrder(len(rankings), seed), config.epochs * len(rankings) // config.batch
+    optimizer = AdamW(model, config.optim)
+    run.start(TrainState({"": model}, {"": optimizer}, tokenizer), steps)
+
+    def step(index: int) -> Metrics:
+        chosen = [rankings[i] for i in order.batch(index, config.batch)]
+        size = config.micro_batch or config.batch
+        parts = [chosen[begin : begin + size] for begin in range(0, config.batch, size)]
+        losses = (batch_loss(model, part, config.batch)[0] for part in parts)
+        metrics = optimise(optimizer, config.optim, index, steps, losses)
+        return metrics | {"tokens": sum(len(row) for ranking in chosen for row in ranking.rows)}
+
+    run.loop(
+        step,
+        evaluate=(lambda: evaluate(model, held_out, config.batch)) if held_out else None,
+        eval_every=config.eval_every,
+    )
+    model.score_bias -= mean_score(model, good)
+    return run.finish()
+
+
+def encode(
+    comparisons: Sequence[Comparison], tokenizer: Tokenizer, context: int, overlong: str
+) -> list[Ranking]:
+    """Comparisons as tokens; those whose responses are all tied teach nothing and are left out."""
+    rankings, too_long, tied = [], 0, 0
+    for comparison in comparisons:
+        prompt, pairs = tokenizer.prompt_ids(comparison.prompt), pairs_of(comparison.ranks)
+        responses = tokenizer.encode_batch(comparison.responses)
+        rows = [prompt + response + [tokenizer.eos_id] for response in responses]
+        longest = max(map(len, rows))
+        if longest > context and overlong == "error":
+            where = comparison.where or "a comparison"
+            raise UserError(f"{where}: {longest} tokens, more than the context of {context}")
+        if longest > context:
+            too_long += 1
+        elif not pairs:
+            tied += 1
+        else:
+            rankings.append(Ranking(rows, pairs, comparison.ranks.index(min(comparison.ranks))))
+    report_dropped(too_long, len(comparisons), "comparisons", context)
+    if tied:
+        print(f"reward: {tied} of {len(comparisons)} prompts have tied responses alone: left out")
+    check(bool(rankings), "no comparison to learn from: all of them are ties")
+    return rankings
+
+
+def batch_loss(model: GPT, rankings: Sequence[Ranking], prompts: int) -> tuple[Tensor, Tensor]:
+    """(the ranking loss of these prompts' share of a batch of `prompts`, all their scores)."""
+    better, worse, weight, first = [], [], [], 0
+    for ranking in rankings:
+        better += [first + i for i, _ in ranking.pairs]
+        worse += [first + j for _, j in ranking.pairs]
+        weight += [1 / (len(ranking.pairs) * prompts)] * len(ranking.pairs)
+        first += len(ranking.rows)
+    scores = response_scores(model, [row for ranking in rankings for row in ranking.rows])
+    pairs = (torch.tensor(x, device=scores.device) for x in (better, worse, weight))
+    return ranking_loss(scores, *pairs), scores
+
+
+@torch.no_grad()
+def evaluate(model: GPT, rankings: Sequence[Ranking], batch: int) -> Metrics:
+    """Held-out loss and the share of pairs that the scores order as the labels do, ties half."""
+    loss, right = 0.0, []
+    with model.frozen():
+        for begin in range(0, len(rankings), batch):
+            part = rankings[begin : begin + batch]
+            part_loss, scores = batch_loss(model, part, len(rankings))
+            loss += float(part_loss)
+            values = iter(scores.tolist())
+            for ranking in part:
+                own = [next(values) for _ in ranking.rows]
+                margins = [own[i] - own[j] for i, j in ranking.pairs]
+                right.append(sum((m > 0) + 0.5 * (m == 0) for m in margins))
+    p, low, high = accuracy(right, [len(ranking.pairs) for ranking in rankings])
+    return {"val_loss": loss, "accuracy": p, "accuracy_low": low, "accuracy_high": high}
+
+
+@torch.no_grad()
+def mean_score(model: GPT, rows: list[list[int]], batch: int = 64) -> float:
+    """The mean score of whole sequences, `batch` of them at a time."""
+    with model.frozen():
+        parts = [response_scores(model, rows[i : i + batch]) for i in range(0, len(rows), batch)]
+    return float(torch.cat(parts).double().mean())

@@ -1,0 +1,121 @@
+"""Supervised fine-tuning: a language model learns to answer as the demonstrations do.
+
+A row is `prompt <|assistant|> response <|eos|>`, or several such turns; the loss is on the
+responses alone. Rows are packed end to end without padding. Pre-training text can be mixed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from .config import OptimConfig, RunConfig, check, check_divides, check_options, group, option
+from .data import EpochOrder, Packed, TokenStream, encode_demonstrations, pack, read_demonstrations
+from .model import load
+from .pretrain import count_targets, held_out_loss, next_token_loss, to_device
+from .tokenizer import Tokenizer
+from .train import AdamW, Metrics, Run, TrainState, mix, optimise, resolve_checkpoint
+
+
+def split(items: list, fraction: float, seed: int) -> tuple[list, list]:
+    """(training, held-out) items: a random `fraction`, at least one if it is not 0, is held out."""
+    generator = torch.Generator().manual_seed(mix(seed, -2))
+    order = torch.randperm(len(items), generator=generator).tolist()
+    held_out = max(1, round(len(items) * fraction)) if fraction else 0
+    return [items[i] for i in order[held_out:]], [items[i] for i in order[:held_out]]
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Settings of `instructcore sft`."""
+
+    init: str = option("", "checkpoint to begin with", required=True, metavar="CKPT")
+    data: tuple[str, ...] = option(
+        (), "JSONL files of demonstrations", required=True, metavar="FILE"
+    )
+    val_fraction: float = option(0.05, "share of the demonstrations held out", range="[0, 1)")
+    epochs: int = option(2, "passes over the demonstrations", paper="16", range="[1, inf)")
+    batch: int = option(32, "demonstrations per step", paper="32", range="[1, inf)")
+    micro_batch: int = option(0, "demonstrations at once, 0 = all", range="[0, inf)")
+    overlong: str = option(
+        "drop", "rows longer than the context", choices=("drop", "truncate", "error")
+    )
+    dropout: float = option(0.0, "residual dropout", paper="0.2", range="[0, 1)")
+    pretrain_data: tuple[str, ...] = option((), "pre-training text to mix in", metavar="FILE")
+    pretrain_mix: float = option(
+        0.1, "its share of the tokens", paper="0.1 before PPO", range="[0, 1)"
+    )
+    eval_every: int = option(0, "held-out loss every so many steps, 0 = at the end of each epoch")
+    optim: OptimConfig = group(OptimConfig, lr=1e-4, warmup=0.03)
+    run: RunConfig = group(RunConfig)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.micro_batch:
+            check_divides(self.micro_batch, self.batch, ("micro-batch", "batch"))
+
+
+def run(config: SFTConfig) -> Path:
+    """Runs the stage; returns the final checkpoint."""
+    run, seed = Run.open("sft", config), config.run.seed
+    if run.finished:
+        return run.final
+    path = resolve_checkpoint(config.init, "pretrain")
+    tokenizer, model = Tokenizer.load(path), load(path, dtype=run.dtype, device=run.device)
+    tokenizer.add_specials()
+    model.resize_vocab(tokenizer.vocab_size, torch.Generator().manual_seed(mix(seed, -1)))
+    model.config = replace(model.config, dropout=config.dropout)
+    context = model.config.context
+
+    rows = encode_demonstrations(
+        read_demonstrations(config.data), tokenizer, context, config.overlong
+    )
+    rows, held_out = split(rows, config.val_fraction, seed)
+    check(
+        len(rows) >= config.batch,
+        f"--batch must be at most the {len(rows)} demonstrations to train on, got {config.batch}",
+    )
+    order, steps_per_epoch = EpochOrder(len(rows), seed), len(rows) / config.batch
+    steps = int(config.epochs * steps_per_epoch)
+    text, windows_per_step, window = None, 0.0, min(context, max(len(ids) for ids, _ in rows))
+    if config.pretrain_data:
+        text, _ = TokenStream.build(config.pretrain_data, tokenizer, run.directory / "tokens", 0.0)
+        text.batch(0, seed, 1, window)  # an error, before anything is written, if too short
+        tokens = sum(len(ids) for ids, _ in rows) / steps_per_epoch
+        windows_per_step = config.pretrain_mix / (1 - config.pretrain_mix) * tokens / window
+    optimizer = AdamW(model, config.optim)
+    run.start(TrainState({"": model}, {"": optimizer}, tokenizer), steps)
+
+    def batches(index: int) -> Iterator[Packed]:
+        """The micro-batches of a step."""
+        chosen = [rows[i] for i in order.batch(index, config.batch)]
+        size = config.micro_batch or config.batch
+        for begin in range(0, config.batch, size):
+            yield to_device(pack(chosen[begin : begin + size]), run.device)
+        windows = int((index + 1) * windows_per_step) - int(index * windows_per_step)
+        if text is not None and windows:
+            yield to_device(text.batch(index, seed, windows, window), run.device)
+
+    def step(index: int) -> Metrics:
+        model.train()
+        parts = list(batches(index))
+        count = sum(count_targets(part) for part in parts)
+        losses = (next_token_loss(model, part, count) for part in parts)
+        metrics = optimise(optimizer, config.optim, index, steps, losses)
+        return metrics | {"tokens": sum(len(part.tokens) for part in parts)}
+
+    def evaluate() -> Metrics:
+        size = config.micro_batch or config.batch
+        parts = (pack(held_out[i : i + size]) for i in range(0, len(held_out), size))
+        return {"val_loss": held_out_loss(model, parts)}
+
+    run.loop(
+        step,
+        evaluate=evaluate if held_out else None,
+        eval_every=config.eval_every or int(steps_per_epoch),
+        eval_first=True,
+    )
+    return run.finish()
