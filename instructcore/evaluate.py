@@ -1,0 +1,307 @@
+"""Evaluation as the InstructGPT paper reports it: score, win rate, KL, length, end of text, loss.
+
+A judge turns responses into scores: a reward model's checkpoint, a Python function on text, or the
+bundled gold rule. PPO takes its rewards from the same judges. Intervals are percentile bootstraps
+over prompts: 95 %, 2,000 resamples, seeded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from .config import check, check_options, option
+from .data import Prompt, encode_demonstrations, pack, read_demonstrations, read_prompts
+from .errors import UserError
+from .generate import Completion, Generator, SamplingParams, score
+from .model import GPT, load
+from .pretrain import held_out_loss
+from .reward import response_scores
+from .tokenizer import Tokenizer
+from .train import choose_device, choose_dtype, mix, resolve_checkpoint
+
+RESAMPLES = 2000
+SCORED_AT_ONCE = 64  # sequences per forward
+
+
+class Sample(NamedTuple):
+    """A prompt and what a model said to it."""
+
+    prompt: Prompt
+    prompt_ids: list[int]
+    completion: Completion
+
+    @property
+    def sequence(self) -> list[int]:
+        return self.prompt_ids + list(self.completion.token_ids)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the response ended itself, rather than at the limit."""
+        return self.completion.finish_reason == "stop"
+
+
+# (prompts, responses, records) -> one score each; a record is the prompt's whole JSON line
+RewardFunction = Callable[[list[str], list[str], list[dict]], Sequence[float]]
+Judge = Callable[[Sequence[Sample]], list[float]]
+
+
+# ---- Statistics
+
+
+class Interval(NamedTuple):
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap_interval(values: Sequence[float], seed: int = 0) -> Interval:
+    """The mean of values and its 95 % interval; NaN where there are none."""
+    array = np.asarray(values, dtype=np.float64)
+    if array.size == 0:
+        return Interval(math.nan, math.nan, math.nan)
+    rng = np.random.default_rng(seed)
+    means = [array[rng.integers(array.size, size=array.size)].mean() for _ in range(RESAMPLES)]
+    low, high = np.quantile(means, (0.025, 0.975))
+    return Interval(float(array.mean()), float(low), float(high))
+
+
+def paired_bootstrap(a: Sequence[float], b: Sequence[float], seed: int = 0) -> Interval:
+    """The mean of a − b and its interval; a[i] and b[i] answer the same prompt."""
+    if len(a) != len(b):
+        raise ValueError(f"paired_bootstrap: a and b must be equally long, got {len(a)}, {len(b)}")
+    return bootstrap_interval([x - y for x, y in zip(a, b, strict=True)], seed)
+
+
+def wins(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    """1 where a beats b, 0 where b beats a, one half for a tie; the mean is a's win rate."""
+    return [0.5 * ((x > y) + (x >= y)) for x, y in zip(a, b, strict=True)]
+
+
+# ---- Samples and what is measured on them
+
+
+def sample_responses(
+    model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], params: SamplingParams
+) -> list[Sample]:
+    """One response per prompt. With a seed, prompt i draws from the stream (seed, i)."""
+    ids = [tokenizer.prompt_ids(prompt.text) for prompt in prompts]
+    each = [params] * len(ids)
+    if params.seed is not None:
+        each = [replace(params, seed=mix(params.seed, i)) for i in range(len(ids))]
+    completions = Generator(model, tokenizer).generate(ids, each)
+    return [Sample(*row) for row in zip(prompts, ids, completions, strict=True)]
+
+
+def mean_kl(policy: GPT, reference: GPT, samples: Sequence[Sample]) -> float:
+    """KL(policy || reference): the mean over samples of Σ_t log π − log π_ref, nats per response.
+
+    An estimate of it only for samples that the policy drew at temperature 1, untruncated.
+    """
+    sequences = [s.sequence for s in samples]
+    pairs = zip(score(policy, sequences), score(reference, sequences), strict=True)
+    sums = [
+        float((ours.double() - theirs.double())[len(s.prompt_ids) - 1 :].sum())
+        for s, (ours, theirs) in zip(samples, pairs, strict=True)
+    ]
+    return sum(sums) / len(sums) if sums else math.nan
+
+
+def reference_loss(model: GPT, tokenizer: Tokenizer, path: str, limit: int = 0) -> float | None:
+    """Mean nats per token of a file's first responses; None if it, or the model, knows none."""
+    if tokenizer.assistant_id is None or tokenizer.eos_id is None:
+        return None
+    try:
+        demonstrations = read_demonstrations([path])[: limit or None]
+    except UserError:
+        return None
+    rows = encode_demonstrations(demonstrations, tokenizer, model.config.context, "truncate")
+    parts = (pack(rows[i : i + SCORED_AT_ONCE]) for i in range(0, len(rows), SCORED_AT_ONCE))
+    return held_out_loss(model, parts)
+
+
+# ---- Judges
+
+
+def make_judge(
+    judge: str | RewardFunction, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype
+) -> Judge:
+    """The judge meant by "gold", a reward model's path, "module:function" or a function on text.
+
+    `tokenizer` is that of the responses.
+    """
+    if callable(judge):
+        return _function_judge(judge, getattr(judge, "__name__", "the reward function"))
+    if judge == "gold":
+        return _gold_judge
+    if ":" in judge and not Path(judge).exists():
+        return _function_judge(load_function(judge), judge)
+    return ModelJudge(judge, tokenizer, device, dtype)
+
+
+def load_function(name: str) -> Callable:
+    """The function called `module:function`; the working directory's modules are found too."""
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"cannot load the function {name}: {error}") from error
+
+
+def _texts(samples: Sequence[Sample]) -> tuple[list[str], list[str], list[dict]]:
+    texts = [s.completion.text for s in samples]
+    return [s.prompt.text for s in samples], texts, [s.prompt.record for s in samples]
+
+
+def _gold_judge(samples: Sequence[Sample]) -> list[float]:
+    from .quickstart_data import judge
+
+    prompts, responses, records = _texts(samples)
+    graded = all("task" in record for record in records)
+    check(graded, "the judge gold knows the quickstart's prompts only: theirs have a `task`")
+    return judge(prompts, responses, records, [s.ended for s in samples])
+
+
+def _function_judge(function: RewardFunction, name: str) -> Judge:
+    def judge(samples: Sequence[Sample]) -> list[float]:
+        scores = list(function(*_texts(samples)))
+        found = f"got {len(scores)} for {len(samples)}"
+        check(len(scores) == len(samples), f"{name} must return a score per response, {found}")
+        try:
+            return [float(value) for value in scores]
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{name} must return numbers: {error}") from error
+
+    return judge
+
+
+class ModelJudge:
+    """Scores of a reward model, read at a response's last token: its end, where it has one."""
+
+    def __init__(
+        self, name: str, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        path = resolve_checkpoint(name, "reward")
+        self.name, self.own = name, Tokenizer.load(path)
+        self.model = load(path, dtype=dtype, device=device).eval().requires_grad_(False)
+        check(self.model.head == "scalar", f"{name} is no reward model: it has no scalar head")
+        # Otherwise responses are encoded anew, from their text.
+        self.same_tokens = _meanings(self.own) == _meanings(tokenizer)
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        rows = [s.sequence if self.same_tokens else self._encode(s) for s in samples]
+        longest, context = max(map(len, rows), default=0), self.model.config.context
+        where = f"the context of {context} tokens of {self.name}"
+        check(longest <= context, f"prompt and response must fit {where}, got {longest}")
+        parts = (rows[i : i + SCORED_AT_ONCE] for i in range(0, len(rows), SCORED_AT_ONCE))
+        with torch.no_grad(), self.model.frozen():
+            return [s for part in parts for s in response_scores(self.model, part).tolist()]
+
+    def _encode(self, sample: Sample) -> list[int]:
+        ids = self.own.prompt_ids(sample.prompt.text) + self.own.encode(sample.completion.text)
+        return ids + [self.own.eos_id] if sample.ended else ids
+
+
+def _meanings(tokenizer: Tokenizer) -> tuple:
+    """What every id stands for."""
+    ids = range(tokenizer.vocab_size)
+    return tokenizer.eos_id, tokenizer.assistant_id, [tokenizer.token_bytes(i) for i in ids]
+
+
+# ---- The command
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Settings of `instructcore eval`."""
+
+    checkpoints: tuple[str, ...] = option(
+        (), "checkpoints; the others are compared with the first", positional=True, required=True
+    )
+    data: str = option("", "prompts; if with responses, their loss is taken too", required=True)
+    judge: str = option("", "gold, a reward model's checkpoint, or module:function")
+    limit: int = option(0, "only the first so many prompts, 0 = all", range="[0, inf)")
+    max_tokens: int = option(128, "longest response", unit="tokens", range="[1, inf)")
+    temperature: float = option(0.0, "of the responses judged, 0 = greedy", range="[0, inf)")
+    seed: int = option(0, "seed of the samples and the bootstrap", range="[0, inf)")
+    out: str = option("", "file for the figures, as JSON")
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    dtype: str = option("auto", "dtype to compute in", choices=("auto", "float32", "bfloat16"))
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        check(bool(self.checkpoints), "eval needs a checkpoint")
+        check(bool(self.data), "--data is missing: a file of prompts")
+
+
+def run(config: EvalConfig, judge: RewardFunction | None = None) -> list[dict[str, Any]]:
+    """Evaluates every checkpoint on the same prompts; prints a table and returns its rows."""
+    out = Path(config.out or os.devnull)
+    check(not config.out or not out.exists(), f"--out {out} exists already: name another file")
+    check(out.absolute().parent.is_dir(), f"--out {out}: there is no such directory")
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    prompts = read_prompts([config.data])[: config.limit or None]
+    params = SamplingParams(config.max_tokens, config.temperature, seed=config.seed)
+    first: GPT | None = None
+    base: list[float] = []
+    rows: list[dict[str, Any]] = []
+    for name in config.checkpoints:
+        path = resolve_checkpoint(name)
+        model, tokenizer = load(path, dtype=dtype, device=device).eval(), Tokenizer.load(path)
+        check(model.head == "lm", f"{name} is a reward model: it cannot answer prompts")
+        samples = sample_responses(model, tokenizer, prompts, params)
+        row: dict[str, Any] = {"checkpoint": name}
+        if judge or config.judge:
+            scores = make_judge(judge or config.judge, tokenizer, device, dtype)(samples)
+            base = base or scores
+            row["score"] = bootstrap_interval(scores, config.seed)
+            row["win_rate"] = bootstrap_interval(wins(scores, base), config.seed)
+        row["eos_rate"] = sum(s.ended for s in samples) / len(samples)
+        row["length"] = sum(len(s.completion.token_ids) for s in samples) / len(samples)
+        row["loss"] = reference_loss(model, tokenizer, config.data, config.limit)
+        if first is None:
+            first, meanings = model, _meanings(tokenizer)
+        elif _meanings(tokenizer) == meanings:
+            if config.temperature != 1:  # the KL is an expectation over the policy's own samples
+                own = replace(params, temperature=1.0)
+                samples = sample_responses(model, tokenizer, prompts, own)
+            row["kl"] = mean_kl(model, first, samples)
+        rows.append(row)
+    _print_table(rows, f"{len(prompts)} prompts of {config.data}")
+    if config.out:
+        plain = [{k: getattr(v, "_asdict", lambda v=v: v)() for k, v in r.items()} for r in rows]
+        result = {"data": config.data, "judge": config.judge, "n": len(prompts), "rows": plain}
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return rows
+
+
+def _print_table(rows: list[dict[str, Any]], title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    caption = "with 95 % intervals; win rate (a tie is one half) and KL (nats per response) are "
+    caption += "against the first; loss in nats per token of the responses given"
+    shown = [key for key in rows[-1] if any(row.get(key) is not None for row in rows)]
+    table = Table(*(key.replace("_", " ") for key in shown), title=title, caption=caption)
+    for row in rows:
+        table.add_row(*(_cell(row.get(key)) for key in shown))
+    Console().print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, Interval):
+        return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
+    return value if isinstance(value, str) else "" if value is None else f"{value:.3f}"

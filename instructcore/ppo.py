@@ -1,0 +1,516 @@
+"""Reinforcement learning from human feedback: InstructGPT's PPO and its pre-training mix, PPO-ptx.
+
+One iteration, t over the tokens of a response y to a prompt x:
+
+    y ~ π(· | x)                              rollouts at temperature 1, nothing truncated
+    r_t = −β (log π(y_t) − log π_SFT(y_t))    plus the judge's score at the last token
+    δ_t = r_t + γ V_{t+1} − V_t,   A_t = Σ_l (γλ)^l δ_{t+l},   R_t = A_t + V_t;   A whitened
+    ρ_t = π_new(y_t) / π(y_t)
+    minimise  max(−ρ_t A_t, −clip(ρ_t, 1 ± ε) A_t) + c ½ max((V − R)², (V_clipped − R)²)
+              − γ_ptx log π_new(pre-training text)
+
+Everything is packed: position p of a sequence predicts token p + 1, so log-probability, value,
+reward and advantage of a response's token live at the position BEFORE it, and a mask says where
+those are. π and π_SFT are evaluated by the same forward on the same packed micro-batches that the
+first inner epoch trains on; so before the first update the log-ratios are 0 to the last bit.
+
+Sources: Ouyang et al. 2022 (arXiv:2203.02155), §3.5 and appendix C.4; Stiennon et al. 2020
+(arXiv:2009.01325); Huang et al. 2024 (arXiv:2403.17031), "N+". What the paper leaves open is ours.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .config import (
+    OptimConfig,
+    RunConfig,
+    check,
+    check_divides,
+    check_options,
+    group,
+    option,
+    options,
+)
+from .data import EpochOrder, Prompt, TokenStream, pack, read_prompts, report_dropped
+from .evaluate import Judge, ModelJudge, RewardFunction, Sample, make_judge, sample_responses
+from .generate import SamplingParams
+from .model import GPT, load
+from .pretrain import count_targets, micro_batches, next_token_loss, to_device
+from .tokenizer import Tokenizer
+from .train import AdamW, Metrics, Run, TrainState, learning_rate, mix, resolve_checkpoint
+from .train import update as apply_gradients
+
+# Streams of randomness within a step, so that none repeats another.
+SAMPLING, SHUFFLE, PRETRAIN, CRITIC = 1, 2, 3, 4
+HELD_OUT = 0.1  # of each file of pre-training text, at its end: as `pretrain` keeps it unseen
+
+# What each preset sets, and its source; "ours" is where the source leaves it open.
+PRESETS: dict[str, dict[str, tuple[Any, str]]] = {
+    "small": {},
+    "instructgpt": {
+        "steps": (500, "C.4: 256k episodes of 512"),
+        "batch": (512, "C.4"),
+        "minibatch": (64, "C.4"),
+        "inner_epochs": (1, "C.4"),
+        "max_tokens": (1024, "C: responses of up to 1k tokens"),
+        "temperature": (1.0, "C.4"),
+        "kl_coef": (0.02, "C.4"),
+        "kl_target": (0.0, "C.4: a fixed coefficient"),
+        "gamma": (1.0, "C.4: no discount"),
+        "lambda_": (0.95, "ours, as in Stiennon et al. and N+"),
+        "clip_range": (0.2, "C.4"),
+        "value_clip_range": (0.2, "ours, as in Stiennon et al. and N+"),
+        "value_coef": (0.1, "ours, as in Stiennon et al. and N+"),
+        "ptx_coef": (27.8, "C.4"),
+        "ptx_batch": (512, "C.4: 8 times the episodes"),
+        "ptx_context": (2048, "C: the context"),
+        "critic_lr": (9e-6, "C.4, the critic of the 1.3B and 6B policies"),
+        "lr": (8e-6, "ours: E.8 scans 2.55e-6 to 2.55e-5"),
+        "ema": (0.992, "C.4"),
+        "export_ema": (True, "C.4"),
+    },
+}
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Settings of `instructcore ppo`. A step is an iteration: rollouts, then epochs over them."""
+
+    init: str = option("", "checkpoint of the policy; frozen, the KL reference", required=True)
+    reward: str = option("", "reward model's checkpoint, or module:function", required=True)
+    prompts: tuple[str, ...] = option((), "files of prompts", required=True)
+    preset: str = option(
+        "small", "replaces settings left at their defaults", choices=("small", "instructgpt")
+    )
+    steps: int = option(40, "iterations", paper="500, for 256k episodes", range="[1, inf)")
+    batch: int = option(128, "rollouts per iteration", paper="512", range="[1, inf)")
+    minibatch: int = option(32, "rollouts per update", paper="64", range="[1, inf)")
+    micro_batch: int = option(0, "rollouts at once, 0 = minibatch", range="[0, inf)")
+    inner_epochs: int = option(1, "passes over the rollouts", paper="1", range="[1, inf)")
+    max_tokens: int = option(64, "tokens of the longest response", paper="1024", range="[1, inf)")
+    temperature: float = option(1.0, "of rollouts and log-probs", paper="1", range="(0, inf)")
+
+    kl_coef: float = option(0.05, "β, KL penalty in the reward", paper="0.02", range="[0, inf)")
+    kl_target: float = option(
+        0.0, "β adapts to this KL, 0 = fixed", unit="nats per response", range="[0, inf)"
+    )
+    kl_horizon: float = option(1e4, "how slowly β adapts", unit="episodes", range="(0, inf)")
+    missing_eos: str = option(
+        "subtract", "unended responses: penalty off the score, or -penalty for a score",
+        choices=("none", "subtract", "replace"),
+    )
+    missing_eos_penalty: float = option(1.0, "that penalty", range="[0, inf)")
+    bootstrap_truncated: bool = option(False, "unended responses: V after the last token, not 0")
+    reward_clip: float = option(0.0, "scores are clipped to ± this, 0 = not", range="[0, inf)")
+    whiten_rewards: bool = option(False, "rewards scaled to variance 1, their mean kept")
+
+    gamma: float = option(1.0, "discount", paper="1", range="[0, 1]")
+    lambda_: float = option(0.95, "λ of the advantage estimate", range="[0, 1]")
+    clip_range: float = option(0.2, "ε, clip of the ratio", paper="0.2", range="(0, inf)")
+    clip_range_high: float = option(0.0, "upper ε, 0 = the same", range="[0, inf)")
+    dual_clip: float = option(0.0, "if A < 0 the loss is at most this × |A|", range="[0, inf)")
+    value_clip_range: float = option(0.2, "clip of the values, 0 = none", range="[0, inf)")
+    value_coef: float = option(0.1, "c, weight of the value loss", range="[0, inf)")
+    ema: float = option(
+        0.992, "decay per update of the weights' average, 0 = none", paper="0.992", range="[0, 1)"
+    )
+    export_ema: bool = option(False, "final/ is the averaged policy", paper="yes")
+
+    pretrain_data: tuple[str, ...] = option((), "text for the pre-training mix (PPO-ptx)")
+    ptx_coef: float = option(1.0, "weight of its loss per token", paper="27.8", range="[0, inf)")
+    ptx_batch: int = option(8, "its windows per update", paper="512", range="[1, inf)")
+    ptx_context: int = option(128, "tokens of a window", paper="2048", range="[2, inf)")
+    critic_lr: float = option(3e-4, "the critic's lr", paper="9e-6", range="(0, inf)")
+    optim: OptimConfig = group(
+        OptimConfig, lr=1e-4, schedule="constant", warmup=10, eps=1e-5, weight_decay=0.0
+    )
+    run: RunConfig = group(RunConfig, save_every=10, log_every=1)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        self._apply_preset()
+        check(bool(self.init), "--init is missing: the checkpoint to begin with")
+        check(bool(self.prompts), "--prompts is missing: files of prompts")
+        check_divides(self.minibatch, self.batch, ("minibatch", "batch"))
+        if self.micro_batch:
+            check_divides(self.micro_batch, self.minibatch, ("micro-batch", "minibatch"))
+        check(self.ema > 0 or not self.export_ema, "--export-ema needs --ema above 0")
+
+    def _apply_preset(self) -> None:
+        defaults = {item.name: item.default for item in options(type(self))}
+        for name, (value, _) in PRESETS[self.preset].items():
+            if name == "lr" and self.optim.lr == defaults["lr"]:
+                object.__setattr__(self, "optim", replace(self.optim, lr=value))
+            elif name != "lr" and getattr(self, name) == defaults[name]:
+                object.__setattr__(self, name, value)
+
+
+# ---- The formulas that no kernel computes
+
+
+def adaptive_kl_coef(config: PPOConfig, kl_coef: float, kl: float) -> float:
+    """β (1 + clip(KL / target − 1, ±0.2) · n / horizon), n episodes. Ziegler et al. 2019, §2.2."""
+    error = min(max(kl / config.kl_target - 1.0, -0.2), 0.2)
+    return kl_coef * (1.0 + error * config.batch / config.kl_horizon)
+
+
+def penalise_missing_eos(scores: Tensor, ended: Tensor, form: str, penalty: float) -> Tensor:
+    """A response without end scores score − penalty ("subtract") or −penalty ("replace")."""
+    if form == "none":
+        return scores
+    worse = scores - penalty if form == "subtract" else torch.full_like(scores, -penalty)
+    return torch.where(ended, scores, worse)
+
+
+@torch.no_grad()
+def update_average(average: Iterable[Tensor], weights: Iterable[Tensor], decay: float) -> None:
+    """average ← decay · average + (1 − decay) · weights, in place."""
+    torch._foreach_lerp_(list(average), list(weights), 1.0 - decay)
+
+
+# ---- The episodes of an iteration
+
+
+@dataclass
+class Episodes:
+    """Prompts and responses end to end, with what PPO knows of each position.
+
+    Tensors are (N,). `mask` is True at the positions that predict a token of a response: there
+    `targets` is that token, and everything else belongs to it. Elsewhere nothing counts.
+    """
+
+    starts: list[int]  # B + 1 offsets, on the host
+    tokens: Tensor
+    targets: Tensor
+    mask: Tensor
+    old_logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample], device: torch.device) -> Episodes:
+        lengths = [(len(s.prompt_ids), len(s.completion.token_ids)) for s in samples]
+        masks = [[False] * prompt + [True] * response for prompt, response in lengths]
+        packed = pack([(s.sequence, mask) for s, mask in zip(samples, masks, strict=True)])
+        starts, packed = packed.cu_seqlens.tolist(), to_device(packed, device)
+        blank = [torch.zeros(starts[-1], device=device) for _ in range(5)]
+        return cls(starts, packed.tokens, packed.targets, packed.targets >= 0, *blank)
+
+    def index(self, rows: Sequence[int]) -> Tensor:
+        """Where the positions of these episodes are."""
+        spans = [torch.arange(self.starts[row], self.starts[row + 1]) for row in rows]
+        return torch.cat(spans).to(self.tokens.device)
+
+    def take(self, rows: Sequence[int]) -> Episodes:
+        """These episodes alone, in this order."""
+        lengths = (self.starts[row + 1] - self.starts[row] for row in rows)
+        starts, index = list(itertools.accumulate(lengths, initial=0)), self.index(rows)
+        names = [f.name for f in fields(self) if f.name != "starts"]
+        return Episodes(starts, **{name: getattr(self, name)[index] for name in names})
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        return torch.tensor(self.starts, dtype=torch.int32, device=self.tokens.device)
+
+    @property
+    def max_seqlen(self) -> int:
+        return max(end - first for first, end in itertools.pairwise(self.starts))
+
+
+def state_values(critic: GPT, part: Episodes) -> Tensor:
+    """V (N,) of every state: at position p, before token p + 1 is chosen."""
+    return critic.scores(critic.hidden(part.tokens, part.cu_seqlens, max_seqlen=part.max_seqlen))
+
+
+def split(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """Consecutive parts of `order`, of `size` each."""
+    return (order[first : first + size] for first in range(0, len(order), size))
+
+
+def response_logprobs(model: GPT, part: Episodes, temperature: float) -> ops.TokenLogprobs:
+    """Log-probabilities (N,) of the responses' tokens, 0 elsewhere, and entropies: one forward."""
+    hidden = model.hidden(part.tokens, part.cu_seqlens, max_seqlen=part.max_seqlen)
+    return ops.linear_token_logprobs(
+        hidden, model.head_weight, part.targets, temperature=temperature
+    )
+
+
+# ---- One iteration
+
+
+class PPO:
+    """Policy, critic, reference and judge, and what one iteration does with them.
+
+    All that iteration `step` draws depends on `step` and the seed alone.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        policy: GPT,
+        critic: GPT,
+        reference: GPT,
+        judge: Judge,
+        tokenizer: Tokenizer,
+        prompts: Sequence[Prompt],
+        text: TokenStream | None = None,
+    ) -> None:
+        self.config, self.seed = config, config.run.seed
+        # Dropout is off in all models: a log-ratio must compare weights, not noise.
+        self.policy, self.critic = policy.eval(), critic.eval()
+        self.reference = reference.eval().requires_grad_(False)
+        self.judge, self.tokenizer, self.text = judge, tokenizer, text
+        self.prompts, self.prompt_order = prompts, EpochOrder(len(prompts), self.seed)
+        self.device = policy.embed.device
+        self.micro_batch = config.micro_batch or config.minibatch
+        self.optims = {"": config.optim, "critic": replace(config.optim, lr=config.critic_lr)}
+        models = {"": policy, "critic": critic}
+        optimizers = {name: AdamW(models[name], o) for name, o in self.optims.items()}
+        averaged = policy.named_parameters() if config.ema else ()
+        average = {f"ema.{name}": p.detach().clone() for name, p in averaged}
+        extra = {"kl_coef": config.kl_coef, "skipped_updates": 0}
+        self.state = TrainState(models, optimizers, tokenizer, average, extra)
+
+    def iteration(self, step: int) -> Metrics:
+        """Rollouts, rewards and advantages, then the updates; returns the metrics."""
+        config, extra = self.config, self.state.extra
+        samples = self.rollout(step)
+        scores = self.score(samples)
+        episodes = Episodes.of(samples, self.device)
+        orders = [self.order(step, epoch) for epoch in range(config.inner_epochs)]
+        entropy = self.assess(episodes, orders[0])
+        metrics = self.estimate(episodes, samples, scores)
+        minibatches = [rows for order in orders for rows in split(order, config.minibatch)]
+        updates = [
+            self.update(step, step * len(minibatches) + i, episodes, rows)
+            for i, rows in enumerate(minibatches)
+        ]
+        metrics |= summarise(updates) | {
+            "ppo/entropy": entropy,
+            "kl_coef": extra["kl_coef"],
+            "skipped_updates": extra["skipped_updates"],
+            "lr": learning_rate(config.optim, step, config.steps),
+            "tokens": episodes.starts[-1],
+        }
+        if config.kl_target:
+            extra["kl_coef"] = adaptive_kl_coef(config, extra["kl_coef"], metrics["objective/kl"])
+        return metrics
+
+    def rollout(self, step: int) -> list[Sample]:
+        """The iteration's prompts, each with a response drawn from the whole distribution."""
+        config = self.config
+        prompts = [self.prompts[i] for i in self.prompt_order.batch(step, config.batch)]
+        seed = mix(self.seed, step, SAMPLING)
+        params = SamplingParams(config.max_tokens, config.temperature, seed=seed)
+        return sample_responses(self.policy, self.tokenizer, prompts, params)
+
+    def score(self, samples: Sequence[Sample]) -> Tensor:
+        """The judge's scores (B,); one that is not finite stops the run before it does harm."""
+        scores = self.judge(samples)
+        for sample, value in zip(samples, scores, strict=True):
+            check(
+                math.isfinite(value),
+                f"a reward must be finite, got {value} for the response "
+                f"{sample.completion.text!r} to {sample.prompt.text!r}",
+            )
+        return torch.tensor(scores, dtype=torch.float32, device=self.device)
+
+    def order(self, step: int, epoch: int) -> list[int]:
+        """A fresh permutation of the episodes for every inner epoch."""
+        generator = torch.Generator().manual_seed(mix(self.seed, step, SHUFFLE, epoch))
+        return torch.randperm(self.config.batch, generator=generator).tolist()
+
+    @torch.no_grad()
+    def assess(self, episodes: Episodes, order: Sequence[int]) -> float:
+        """Old and reference log-probs and values, on the very micro-batches of the first epoch.
+
+        Returns the policy's mean entropy, in nats per token.
+        """
+        entropy = torch.zeros((), device=self.device)
+        with self.policy.frozen(), self.reference.frozen(), self.critic.frozen():
+            for rows in split(order, self.micro_batch):
+                part, index = episodes.take(rows), episodes.index(rows)
+                old = response_logprobs(self.policy, part, self.config.temperature)
+                ref = response_logprobs(self.reference, part, self.config.temperature)
+                episodes.old_logprobs[index] = old.logprobs
+                episodes.ref_logprobs[index] = ref.logprobs
+                episodes.values[index] = state_values(self.critic, part)
+                entropy += old.entropy[part.mask].sum()
+        return float(entropy / episodes.mask.sum())
+
+    @torch.no_grad()
+    def estimate(self, episodes: Episodes, samples: Sequence[Sample], scores: Tensor) -> Metrics:
+        """Fills in advantages and returns; the rollouts' metrics, named as the papers do."""
+        config, mask, batch = self.config, episodes.mask, len(samples)
+        ended = torch.tensor([s.ended for s in samples], device=self.device)
+        after = episodes.values[episodes.cu_seqlens[1:].long() - 1] * ~ended
+        targets = ops.ppo_advantage(
+            penalise_missing_eos(scores, ended, config.missing_eos, config.missing_eos_penalty),
+            episodes.old_logprobs,
+            episodes.ref_logprobs,
+            episodes.values,
+            mask,
+            kl_coef=self.state.extra["kl_coef"],
+            gamma=config.gamma,
+            lambda_=config.lambda_,
+            cu_seqlens=episodes.cu_seqlens,
+            bootstrap=after if config.bootstrap_truncated else None,
+            reward_clip=config.reward_clip or None,
+            whiten_rewards=config.whiten_rewards,
+        )
+        episodes.advantages, episodes.returns = targets.advantages, targets.returns
+        drawn = [x for s in samples for x in s.completion.sampled_logprobs]
+        old, ref = episodes.old_logprobs[mask], episodes.ref_logprobs[mask]
+        return {
+            "objective/score": float(scores.mean()),
+            "objective/kl": float((old - ref).sum()) / batch,
+            "objective/entropy": float(-old.sum()) / batch,
+            "objective/reward": float(targets.rewards[mask].sum()) / batch,
+            "rollout/eos_rate": float(ended.float().mean()),
+            "rollout/length": float(mask.sum()) / batch,
+            "rollout/logprob_mismatch": float((torch.tensor(drawn).to(old) - old).abs().max()),
+        }
+
+    def loss(self, part: Episodes, normalizer: Tensor) -> tuple[Tensor, ops.PPOStats]:
+        """PPO's loss of a micro-batch; `normalizer`: the tokens of the whole minibatch."""
+        config = self.config
+        return ops.ppo_loss(
+            response_logprobs(self.policy, part, config.temperature).logprobs,
+            part.old_logprobs,
+            part.advantages,
+            part.mask,
+            values=state_values(self.critic, part),
+            old_values=part.values,
+            returns=part.returns,
+            clip_range=config.clip_range,
+            clip_range_high=config.clip_range_high or None,
+            dual_clip=config.dual_clip or None,
+            value_clip_range=config.value_clip_range or None,
+            value_coef=config.value_coef,
+            normalizer=normalizer,
+        )
+
+    def pretrain_losses(self, number: int) -> Iterator[Tensor]:
+        """The pre-training loss of update `number` in parts, whose sum is the mean per token."""
+        config, seed = self.config, mix(self.seed, PRETRAIN)
+        packed = self.text.batch(number, seed, config.ptx_batch, config.ptx_context)
+        count = count_targets(packed)
+        windows = -(-config.ptx_batch * self.micro_batch // config.minibatch)
+        for part in micro_batches(packed, windows * config.ptx_context):
+            yield next_token_loss(self.policy, to_device(part, self.device), count)
+
+    def update(
+        self, step: int, number: int, episodes: Episodes, rows: Sequence[int]
+    ) -> tuple[Metrics, Tensor]:
+        """One step of both optimisers on a minibatch; `number` counts updates from the run's start.
+
+        Returns its metrics and the sums of ops.PPOStats.
+        """
+        config = self.config
+        normalizer = episodes.mask[episodes.index(rows)].sum()
+        total, sums, ptx = 0.0, 0.0, 0.0
+        for micro in split(rows, self.micro_batch):
+            loss, stats = self.loss(episodes.take(micro), normalizer)
+            loss.backward()
+            total, sums = total + loss.detach(), sums + stats.sums
+        if self.text is not None:  # PPO-ptx: a backward of its own, its gradients join PPO's
+            for loss in self.pretrain_losses(number):
+                (config.ptx_coef * loss).backward()
+                ptx = ptx + loss.detach()
+        norms = {
+            name: apply_gradients(
+                self.state.optimizers[name], learning_rate(o, step, config.steps), o.grad_clip
+            )
+            for name, o in self.optims.items()
+        }
+        self.state.extra["skipped_updates"] += not all(map(math.isfinite, norms.values()))
+        if config.ema:
+            update_average(self.state.tensors.values(), self.policy.parameters(), config.ema)
+        metrics = {"loss": float(total + config.ptx_coef * ptx), "ppo/grad_norm": norms[""]}
+        metrics |= {"ppo/critic_grad_norm": norms["critic"]}
+        return metrics | ({"ptx/loss": float(ptx)} if self.text is not None else {}), sums
+
+    @torch.no_grad()
+    def export_average(self) -> None:
+        """Puts the averaged weights in the policy's place; the last ones stay in the state."""
+        for name, parameter in self.policy.named_parameters():
+            average = self.state.tensors.pop(f"ema.{name}")
+            self.state.tensors[f"last.{name}"] = parameter.detach().clone()
+            parameter.copy_(average)
+
+
+def summarise(updates: Sequence[tuple[Metrics, Tensor]]) -> Metrics:
+    """Means over an iteration's updates, and over the tokens in them."""
+    figures = [metrics for metrics, _ in updates]
+    metrics = {name: sum(f[name] for f in figures) / len(figures) for name in figures[0]}
+    means = ops.PPOStats(sum(sums for _, sums in updates)).means()
+    same = ("policy_loss", "value_loss", "approx_kl", "ratio", "explained_variance")
+    clips = {"clip_fraction": "clipped", "value_clip_fraction": "value_clipped"}
+    names = {name: name for name in same} | clips
+    return metrics | {f"ppo/{ours}": means[theirs] for ours, theirs in names.items()}
+
+
+# ---- The stage
+
+
+def run(config: PPOConfig, reward: RewardFunction | None = None) -> Path:
+    """Runs the stage; returns the final checkpoint. `reward` may stand in for `config.reward`."""
+    check(bool(config.reward or reward), "--reward is missing: a reward model or module:function")
+    run = Run.open("ppo", config)
+    if run.finished:
+        return run.final
+    path = resolve_checkpoint(config.init, "sft")
+    tokenizer = Tokenizer.load(path)
+    policy, reference = (load(path, dtype=run.dtype, device=run.device) for _ in range(2))
+    check(policy.head == "lm", f"--init {path} is a reward model: it cannot write responses")
+    check(
+        tokenizer.eos_id is not None and tokenizer.assistant_id is not None,
+        f"--init {path} does not know where a response begins and ends: run sft on it first",
+    )
+    judge = make_judge(reward or config.reward, tokenizer, run.device, run.dtype)
+    critic = make_critic(judge, policy, mix(config.run.seed, CRITIC))
+    context = min(policy.config.context, critic.config.context)
+    prompts, text = read_fitting_prompts(config, tokenizer, context), None
+    if config.pretrain_data:
+        room = policy.config.context
+        found = f"got {config.ptx_context}"
+        check(config.ptx_context <= room, f"--ptx-context must fit the context {room}, {found}")
+        tokens = run.directory / "tokens"
+        text, _ = TokenStream.build(config.pretrain_data, tokenizer, tokens, HELD_OUT)
+    for name, (value, source) in PRESETS[config.preset].items():
+        print(f"ppo: preset {config.preset}: {name} {value} ({source})")
+    ppo = PPO(config, policy, critic, reference, judge, tokenizer, prompts, text)
+    run.start(ppo.state, config.steps)
+    run.loop(ppo.iteration, show=("objective/score", "objective/kl"))
+    if config.export_ema:
+        ppo.export_average()
+    return run.finish()
+
+
+def make_critic(judge: Judge, policy: GPT, seed: int) -> GPT:
+    """The reward model's copy, if it reads the same tokens; else the policy under a new head."""
+    if isinstance(judge, ModelJudge) and judge.same_tokens:
+        return copy.deepcopy(judge.model).requires_grad_(True)
+    return policy.to_scalar_head(torch.Generator().manual_seed(seed))
+
+
+def read_fitting_prompts(config: PPOConfig, tokenizer: Tokenizer, context: int) -> list[Prompt]:
+    """The prompts that leave room for a response; an error if more than a fifth do not."""
+    prompts, room = read_prompts(config.prompts), context - config.max_tokens
+    fitting = [p for p in prompts if len(tokenizer.prompt_ids(p.text)) <= room]
+    what = f"prompts with {config.max_tokens} more tokens of response"
+    report_dropped(len(prompts) - len(fitting), len(prompts), what, context)
+    return fitting

@@ -1,0 +1,259 @@
+"""Evaluation: intervals and win rates by hand, samples, judges, KL, and the command's table."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from instructcore import evaluate
+from instructcore.data import Prompt
+from instructcore.errors import UserError
+from instructcore.evaluate import (
+    EvalConfig,
+    Interval,
+    Sample,
+    bootstrap_interval,
+    make_judge,
+    mean_kl,
+    paired_bootstrap,
+    sample_responses,
+    wins,
+)
+from instructcore.generate import Completion, SamplingParams
+from instructcore.model import GPT, ModelConfig
+from instructcore.reward import response_scores
+from instructcore.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer.bytes()
+CPU = torch.device("cpu")
+
+
+def model(seed: int = 0, tokenizer: Tokenizer = TOKENIZER) -> GPT:
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size, context=48, layers=1, heads=2, width=16, mlp_width=32
+    )
+    m = GPT(config, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():  # far from uniform, so that models differ
+        for p in m.parameters():
+            if p.ndim == 2:
+                p.mul_(8)
+    return m.eval()
+
+
+def prompts(count: int) -> list[Prompt]:
+    return [Prompt(f"say {i}", {"number": i}) for i in range(count)]
+
+
+def sample(text: str, response: str, ended: bool = True) -> Sample:
+    ids = TOKENIZER.encode(response) + ([TOKENIZER.eos_id] if ended else [])
+    zeros, reason = [0.0] * len(ids), "stop" if ended else "length"
+    completion = Completion(ids, zeros, zeros, reason, response)
+    return Sample(Prompt(text, {"prompt": text}), TOKENIZER.prompt_ids(text), completion)
+
+
+# ---- Statistics
+
+
+def test_bootstrap_interval():
+    values = [0.0, 1.0] * 50
+    mean, low, high = bootstrap_interval(values, seed=3)
+    # The mean of 100 fair coins has the deviation 0.05: ± 1.96 · 0.05 around one half.
+    assert mean == 0.5
+    assert low == pytest.approx(0.402, abs=0.02) and high == pytest.approx(0.598, abs=0.02)
+    assert bootstrap_interval(values, seed=3) == (mean, low, high)
+    assert bootstrap_interval([2.0] * 9) == (2.0, 2.0, 2.0)
+    assert all(map(math.isnan, bootstrap_interval([])))
+
+
+def test_paired_bootstrap_sees_what_unpaired_intervals_hide():
+    a = [float(i) + 0.1 for i in range(50)]
+    b = [float(i) for i in range(50)]
+    difference = paired_bootstrap(a, b)
+    assert difference.mean == pytest.approx(0.1)
+    assert difference.low == pytest.approx(0.1) and difference.high == pytest.approx(0.1)
+    assert bootstrap_interval(a).low < bootstrap_interval(b).high
+    with pytest.raises(ValueError, match="paired_bootstrap: a and b must be equally long"):
+        paired_bootstrap([1.0], [])
+
+
+def test_wins_count_ties_as_half():
+    assert wins([2.0, 1.0, 3.0], [1.0, 2.0, 3.0]) == [1.0, 0.0, 0.5]
+
+
+# ---- Samples
+
+
+def test_samples_have_their_own_stream_each():
+    """Equal prompts get unequal responses; the seed decides them all; greedy ones are equal."""
+    m, same = model(), [Prompt("say", {})] * 4
+    params = SamplingParams(max_tokens=6, seed=5)
+    first = sample_responses(m, TOKENIZER, same, params)
+    assert len({tuple(s.completion.token_ids) for s in first}) > 1
+    again = sample_responses(m, TOKENIZER, same, params)
+    assert [s.sequence for s in again] == [s.sequence for s in first]
+    assert first[0].prompt_ids == TOKENIZER.prompt_ids("say")
+    assert first[0].sequence == first[0].prompt_ids + first[0].completion.token_ids
+    greedy = sample_responses(m, TOKENIZER, same, SamplingParams(max_tokens=6, temperature=0.0))
+    assert len({tuple(s.completion.token_ids) for s in greedy}) == 1
+
+
+def test_mean_kl_equals_a_plain_computation():
+    policy, reference = model(0), model(1)
+    samples = sample_responses(policy, TOKENIZER, prompts(5), SamplingParams(max_tokens=4, seed=0))
+    total = 0.0
+    for s in samples:
+        ids = torch.tensor(s.sequence)
+        cu_seqlens = torch.tensor([0, len(ids)], dtype=torch.int32)
+        with torch.no_grad():
+            ours, theirs = (m(ids, cu_seqlens).log_softmax(-1) for m in (policy, reference))
+        for t in range(len(s.prompt_ids), len(ids)):
+            total += float(ours[t - 1, ids[t]] - theirs[t - 1, ids[t]])
+    assert mean_kl(policy, reference, samples) == pytest.approx(total / 5, rel=1e-4)
+    assert mean_kl(policy, policy, samples) == 0.0
+    assert math.isnan(mean_kl(policy, reference, []))
+
+
+# ---- Judges
+
+
+def test_function_judge_sees_texts_and_records():
+    def judge(prompts, responses, records):
+        assert prompts == ["a", "b"] and records == [{"prompt": "a"}, {"prompt": "b"}]
+        return [len(r) for r in responses]
+
+    assert make_judge(judge, TOKENIZER, CPU, torch.float32)(
+        [sample("a", "xyz"), sample("b", "x")]
+    ) == [3.0, 1.0]
+
+
+def test_judges_say_what_they_need():
+    for function, message in (
+        (lambda p, r, c: [], "must return a score per response, got 0 for 1"),
+        (lambda p, r, c: [None], "must return numbers"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make_judge(function, TOKENIZER, CPU, torch.float32)([sample("a", "b")])
+    with pytest.raises(UserError, match="gold knows the quickstart's prompts only"):
+        make_judge("gold", TOKENIZER, CPU, torch.float32)([sample("a", "b")])
+
+
+def test_function_named_on_the_command_line(tmp_path, monkeypatch):
+    (tmp_path / "my_reward.py").write_text("def f(p, r, records):\n    return [1] * len(p)\n")
+    monkeypatch.chdir(tmp_path)
+    judge = make_judge("my_reward:f", TOKENIZER, CPU, torch.float32)
+    assert judge([sample("a", "b")]) == [1.0]
+    for name in ("my_reward:g", "no_module:f", ":f"):
+        with pytest.raises(UserError, match=f"cannot load the function {name}"):
+            make_judge(name, TOKENIZER, CPU, torch.float32)
+
+
+def test_reward_model_scores_at_the_last_token(tmp_path):
+    """Of prompt, marker, response and its end; the batch and its order do not matter."""
+    scorer = model().to_scalar_head()
+    scorer.save(tmp_path, TOKENIZER)
+    judge = make_judge(str(tmp_path), TOKENIZER, CPU, torch.float32)
+    samples = [sample(f"prompt {i}", "word " * (i % 3), ended=i % 2 == 0) for i in range(70)]
+    scores = judge(samples)
+    for i in (0, 3, 69):
+        ids = TOKENIZER.prompt_ids(f"prompt {i}") + TOKENIZER.encode("word " * (i % 3))
+        ids += [TOKENIZER.eos_id] if i % 2 == 0 else []
+        alone = scorer(torch.tensor(ids), torch.tensor([0, len(ids)], dtype=torch.int32))[-1]
+        assert scores[i] == pytest.approx(alone.item(), abs=1e-5)
+    assert judge(samples[::-1])[::-1] == pytest.approx(scores, abs=1e-5)
+
+
+def test_reward_model_with_another_tokenizer_reads_the_text(tmp_path):
+    other = Tokenizer.train(["hello there, hello words"] * 20, 270)
+    scorer = model(tokenizer=other).to_scalar_head()
+    scorer.save(tmp_path, other)
+    judge = make_judge(str(tmp_path), TOKENIZER, CPU, torch.float32)
+    assert not judge.same_tokens
+    ids = other.prompt_ids("hello") + other.encode("hello there") + [other.eos_id]
+    with torch.no_grad():
+        expected = response_scores(scorer, [ids]).tolist()
+    assert judge([sample("hello", "hello there")]) == pytest.approx(expected)
+
+
+def test_reward_model_rejects_what_it_cannot_read(tmp_path):
+    model().to_scalar_head().save(tmp_path / "scalar", TOKENIZER)
+    model().save(tmp_path / "lm", TOKENIZER)
+    judge = make_judge(str(tmp_path / "scalar"), TOKENIZER, CPU, torch.float32)
+    with pytest.raises(UserError, match="must fit the context of 48 tokens of .*scalar, got 54"):
+        judge([sample("x" * 50, "yz")])
+    with pytest.raises(UserError, match="is no reward model"):
+        make_judge(str(tmp_path / "lm"), TOKENIZER, CPU, torch.float32)
+
+
+# ---- The command
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("evaluate")
+    for seed, name in enumerate(("a", "b")):
+        model(seed).save(path / name, TOKENIZER)
+    rows = [{"prompt": f"say {i}", "completion": f"what {i}"} for i in range(8)]
+    (path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (path / "prompts.txt").write_text("\n".join(f"say {i}" for i in range(8)))
+    return path
+
+
+def spread(prompts, responses, records):
+    return [float(sum(map(ord, r)) % 7) for r in responses]
+
+
+def test_table_and_json(folder, tmp_path, capsys):
+    config = EvalConfig(
+        checkpoints=(str(folder / "a"), str(folder / "b"), str(folder / "a")),
+        data=str(folder / "pairs.jsonl"), max_tokens=6, out=str(tmp_path / "found.json"),
+    )  # fmt: skip
+    first, second, third = evaluate.run(config, judge=spread)
+    assert first["win_rate"] == Interval(0.5, 0.5, 0.5) and "kl" not in first
+    assert third["score"] == first["score"] and third["win_rate"].mean == 0.5
+    assert third["kl"] == 0.0 and second["kl"] > 0
+    assert 0 <= second["eos_rate"] <= 1 and 1 <= second["length"] <= 6
+    # Held-out loss: the mean over the responses' tokens, their ends included.
+    total = count = 0.0
+    m = model(0)
+    for i in range(8):
+        ids = TOKENIZER.prompt_ids(f"say {i}")
+        response = TOKENIZER.encode(f"what {i}") + [TOKENIZER.eos_id]
+        tokens = torch.tensor(ids + response)
+        with torch.no_grad():
+            logits = m(tokens, torch.tensor([0, len(tokens)], dtype=torch.int32))
+        at = range(len(ids) - 1, len(tokens) - 1)
+        total -= sum(float(logits[t].log_softmax(-1)[tokens[t + 1]]) for t in at)
+        count += len(at)
+    assert first["loss"] == pytest.approx(total / count, rel=1e-4)
+    saved = json.loads((tmp_path / "found.json").read_text())
+    assert saved["n"] == 8 and saved["rows"][1]["score"]["mean"] == second["score"].mean
+    assert "win rate" in capsys.readouterr().out
+
+
+def test_without_judge_or_references(folder):
+    files = {"checkpoints": (str(folder / "a"),), "data": str(folder / "prompts.txt")}
+    (row,) = evaluate.run(EvalConfig(**files, limit=3, max_tokens=3, temperature=1.0))
+    assert "score" not in row and row["loss"] is None and row["length"] <= 3
+
+
+def test_rejects(folder, tmp_path):
+    ok = {"checkpoints": (str(folder / "a"),), "data": str(folder / "prompts.txt")}
+    (tmp_path / "there.json").write_text("{}")
+    model().to_scalar_head().save(tmp_path / "scalar", TOKENIZER)
+    for changes, message in (
+        ({"checkpoints": ()}, "needs a checkpoint"),
+        ({"data": ""}, "--data is missing"),
+        ({"max_tokens": 0}, r"--max-tokens must be in \[1, inf\), got 0"),
+        ({"out": str(tmp_path / "there.json")}, "there.json exists already"),
+        ({"out": str(tmp_path / "no" / "there.json")}, "no such directory"),
+        ({"data": str(tmp_path / "none.txt")}, "none.txt"),
+        ({"checkpoints": (str(tmp_path / "none"),)}, "no checkpoint at"),
+        ({"checkpoints": (str(tmp_path / "scalar"),)}, "is a reward model: it cannot answer"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate.run(EvalConfig(**ok | changes))
+    assert (tmp_path / "there.json").read_text() == "{}"

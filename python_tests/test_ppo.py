@@ -1,0 +1,672 @@
+"""PPO: formulas by hand, exactness before the first update, invariances, whole small runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tolerance import assert_same_bits
+
+from instructcore import ppo as ppo_module
+from instructcore.config import OptimConfig, RunConfig
+from instructcore.data import Prompt, TokenStream
+from instructcore.errors import UserError
+from instructcore.evaluate import Sample, make_judge
+from instructcore.generate import Completion
+from instructcore.model import GPT, ModelConfig
+from instructcore.ppo import PPO, Episodes, PPOConfig
+from instructcore.tokenizer import Tokenizer
+from instructcore.train import WALL_CLOCK, learning_rate
+
+TOKENIZER = Tokenizer.bytes()
+EOS = TOKENIZER.eos_id
+
+
+def model(family: str = "llama", seed: int = 0, **shape) -> GPT:
+    shape = {"context": 48, "layers": 1, "heads": 2, "width": 16} | shape
+    config = ModelConfig(family=family, vocab_size=TOKENIZER.vocab_size, **shape)
+    return GPT(config, generator=torch.Generator().manual_seed(seed))
+
+
+def settings(**changes) -> PPOConfig:
+    optim = OptimConfig(lr=1e-2, schedule="constant", warmup=2, eps=1e-5, weight_decay=0.0)
+    small = dict(batch=8, minibatch=4, max_tokens=6, steps=4, critic_lr=1e-2, optim=optim)
+    paths = dict(init="init", reward="module:function", prompts=("prompts",))
+    return PPOConfig(**paths | small | changes)
+
+
+def letters(prompts: list[str], responses: list[str], records: list[dict]) -> list[float]:
+    """How many of the first bytes' letters are there: a reward that a random model can raise."""
+    return [sum(c in "abcdefgh" for c in response) / 2 for response in responses]
+
+
+def prompts(count: int = 12) -> list[Prompt]:
+    return [Prompt("say " + "x" * (i % 5) + str(i), {"number": i}) for i in range(count)]
+
+
+def make(config: PPOConfig, *, family: str = "llama", text: TokenStream | None = None, **shape):
+    policy, reference = model(family, **shape), model(family, **shape)
+    judge = make_judge(letters, TOKENIZER, torch.device("cpu"), torch.float32)
+    critic = policy.to_scalar_head(torch.Generator().manual_seed(1))
+    return PPO(config, policy, critic, reference, judge, TOKENIZER, prompts(), text)
+
+
+def sample(prompt: list[int], response: list[int], logprobs: list[float] | None = None) -> Sample:
+    logprobs = logprobs or [0.0] * len(response)
+    reason = "stop" if response[-1] == EOS else "length"
+    text = TOKENIZER.decode(response)
+    completion = Completion(response, logprobs, logprobs, reason, text)
+    return Sample(Prompt(TOKENIZER.decode(prompt), {}), prompt, completion)
+
+
+def random_samples(count: int, seed: int = 0) -> list[Sample]:
+    """Of unequal lengths, half of them with an end, none without a response."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 9, (count, 2), generator=g).tolist()
+    rows = [torch.randint(0, 256, (sum(n),), generator=g).tolist() for n in lengths]
+    ends = [[EOS] if i % 2 else [] for i in range(count)]
+    return [
+        sample(row[:p], row[p:] + end) for row, (p, _), end in zip(rows, lengths, ends, strict=True)
+    ]
+
+
+def random_episodes(ppo: PPO, seed: int = 0) -> Episodes:
+    """An iteration's episodes after `assess` and `estimate`, off policy: ratios differ from 1."""
+    samples = random_samples(ppo.config.batch, seed)
+    episodes = Episodes.of(samples, torch.device("cpu"))
+    ppo.assess(episodes, range(ppo.config.batch))
+    g = torch.Generator().manual_seed(seed)
+    noise = 0.3 * torch.randn(episodes.mask.shape, generator=g)
+    episodes.old_logprobs = (episodes.old_logprobs + noise * episodes.mask).clamp(max=0)
+    scores = torch.randn(ppo.config.batch, generator=g)
+    ppo.estimate(episodes, samples, scores)
+    return episodes
+
+
+def gradients(*models: GPT) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for m in models for p in m.parameters()])
+
+
+def clear(*models: GPT) -> None:
+    for m in models:
+        m.zero_grad(set_to_none=True)
+
+
+@pytest.fixture
+def text(tmp_path) -> TokenStream:
+    path = tmp_path / "text.jsonl"
+    lines = [json.dumps({"text": "hello there, text number " * (1 + i % 3)}) for i in range(30)]
+    path.write_text("\n".join(lines))
+    return TokenStream.build([path], TOKENIZER, tmp_path / "tokens", 0.1)[0]
+
+
+# ---- The formulas, by hand
+
+
+def test_adaptive_kl_coefficient():
+    config = settings(kl_target=6.0, batch=128)
+    # Within ±20 % the error counts as it is, beyond that as 20 %.
+    assert ppo_module.adaptive_kl_coef(config, 0.1, 6.6) == pytest.approx(0.1 * (1 + 0.1 * 0.0128))
+    assert ppo_module.adaptive_kl_coef(config, 0.1, 60.0) == pytest.approx(0.1 * (1 + 0.2 * 0.0128))
+    assert ppo_module.adaptive_kl_coef(config, 0.1, 0.0) == pytest.approx(0.1 * (1 - 0.2 * 0.0128))
+
+
+def test_missing_eos_in_both_forms():
+    scores, ended = torch.tensor([2.0, 3.0]), torch.tensor([True, False])
+    penalise = ppo_module.penalise_missing_eos
+    assert penalise(scores, ended, "subtract", 1.5).tolist() == [2.0, 1.5]
+    assert penalise(scores, ended, "replace", 1.0).tolist() == [2.0, -1.0]
+    assert penalise(scores, ended, "none", 1.0).tolist() == [2.0, 3.0]
+
+
+def test_average_of_weights():
+    average, weights = [torch.tensor([1.0, 0.0])], [torch.tensor([3.0, 1.0])]
+    ppo_module.update_average(average, weights, 0.75)
+    assert average[0].tolist() == [1.5, 0.25]
+
+
+def test_layout():
+    """Position p predicts token p + 1: a response's mask begins at the prompt's last token."""
+    e = Episodes.of([sample([7, 8], [9, EOS]), sample([5], [6, 4, 3])], torch.device("cpu"))
+    assert e.starts == [0, 4, 8] and e.cu_seqlens.tolist() == [0, 4, 8] and e.max_seqlen == 4
+    assert e.tokens.tolist() == [7, 8, 9, EOS, 5, 6, 4, 3]
+    assert e.mask.tolist() == [False, True, True, False, True, True, True, False]
+    assert e.targets[e.mask].tolist() == [9, EOS, 6, 4, 3]
+    part = e.take([1, 0])
+    assert part.starts == [0, 4, 8] and part.tokens.tolist() == [5, 6, 4, 3, 7, 8, 9, EOS]
+    assert part.targets[part.mask].tolist() == [6, 4, 3, 9, EOS]
+    assert e.take([1]).tokens.tolist() == [5, 6, 4, 3]
+
+
+def test_rewards_advantages_and_returns_by_hand():
+    ppo = make(settings(batch=1, minibatch=1, kl_coef=9.0, gamma=1.0, lambda_=0.5))
+    ppo.state.extra["kl_coef"] = 0.1  # as it has adapted
+    samples = [sample([7, 8], [9, 5, EOS], [-1.1, -2.0, -1.0])]
+    episodes = Episodes.of(samples, torch.device("cpu"))
+    nan = math.nan  # what lies outside the response must not matter
+    episodes.old_logprobs = torch.tensor([0.0, -1.0, -2.0, -1.0, 0.0])
+    episodes.ref_logprobs = torch.tensor([0.0, -3.0, -1.0, -1.0, 0.0])
+    episodes.values = torch.tensor([nan, 0.5, 0.25, 1.0, nan])
+    metrics = ppo.estimate(episodes, samples, torch.tensor([2.0]))
+    # rewards −0.1 · (2, −1, 0), and the score 2 on the last token: −0.2, 0.1, 2
+    # δ = −0.2 + 0.25 − 0.5, 0.1 + 1 − 0.25, 2 + 0 − 1 = −0.45, 0.85, 1
+    # A = −0.45 + 0.5 · 1.35, 0.85 + 0.5 · 1, 1 = 0.225, 1.35, 1; R = A + V, before whitening
+    a = torch.tensor([0.225, 1.35, 1.0])
+    mask = episodes.mask
+    torch.testing.assert_close(episodes.returns[mask], torch.tensor([0.725, 1.6, 2.0]))
+    white = (a - a.mean()) / (a.var(correction=0) + 1e-8).sqrt()
+    torch.testing.assert_close(episodes.advantages[mask], white)
+    assert episodes.advantages[~mask].tolist() == episodes.returns[~mask].tolist() == [0.0, 0.0]
+    assert metrics["objective/kl"] == pytest.approx(1.0)
+    assert metrics["objective/reward"] == pytest.approx(1.9)
+    assert metrics["objective/entropy"] == pytest.approx(4.0)
+    assert metrics["objective/score"] == 2.0 and metrics["rollout/eos_rate"] == 1.0
+    assert metrics["rollout/length"] == 3.0
+    assert metrics["rollout/logprob_mismatch"] == pytest.approx(0.1)
+
+
+def test_truncated_response_bootstraps_or_not():
+    """A response cut off: the state after its last token is worth V, or nothing."""
+    samples = [sample([7], [9, 5]), sample([7], [9, EOS])]
+    found = {}
+    for bootstrap in (False, True):
+        config = settings(batch=2, minibatch=1, missing_eos="none", lambda_=1.0)
+        ppo = make(replace(config, bootstrap_truncated=bootstrap))
+        episodes = Episodes.of(samples, torch.device("cpu"))
+        episodes.values = torch.tensor([0.0, 0.0, 10.0, 0.0, 0.0, 10.0])
+        ppo.estimate(episodes, samples, torch.tensor([1.0, 1.0]))
+        found[bootstrap] = episodes.returns.tolist()
+    assert found[False] == [1.0, 1.0, 0.0, 1.0, 1.0, 0.0]
+    assert found[True] == [11.0, 11.0, 0.0, 1.0, 1.0, 0.0]
+
+
+def test_rewards_are_clipped_and_whitened_as_told():
+    """Without values, the return of a last token is its reward."""
+    samples = random_samples(8)
+    scores = torch.linspace(-9, 9, 8)
+    ends = torch.tensor([len(s.completion.token_ids) for s in samples]).cumsum(0) - 1
+    for changes in ({"reward_clip": 2.0}, {"whiten_rewards": True}):
+        ppo = make(settings(missing_eos="none", kl_coef=0.0, **changes))
+        episodes = Episodes.of(samples, torch.device("cpu"))
+        metrics = ppo.estimate(episodes, samples, scores)
+        expected = scores.clamp(-2, 2)
+        if "whiten_rewards" in changes:
+            raw = torch.zeros(int(episodes.mask.sum()))
+            raw[ends] = scores
+            expected = ((raw - raw.mean()) / raw.std(correction=0) + raw.mean())[ends]
+        torch.testing.assert_close(episodes.returns[episodes.mask][ends], expected)
+        assert metrics["objective/score"] == pytest.approx(0.0, abs=1e-6)  # the raw one
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"clip_range": 0.1, "clip_range_high": 0.3, "value_coef": 0.7},
+        {"dual_clip": 1.2, "value_clip_range": 0.01},
+        {"value_clip_range": 0.0},
+    ],
+)
+def test_loss_is_the_papers(changes):
+    """max(−ρA, −clip(ρ)A) + c ½ max((V − R)², (V_clipped − R)²), a mean over response tokens."""
+    ppo = make(settings(**changes))
+    config, e = ppo.config, random_episodes(ppo)
+    generator = torch.Generator().manual_seed(2)
+    e.values = e.values + 0.3 * torch.randn(e.values.shape, generator=generator)
+    with torch.no_grad():
+        loss, _ = ppo.loss(e, e.mask.sum())
+        logits = ppo.policy(e.tokens, e.cu_seqlens)[e.mask]
+        value = ppo.critic(e.tokens, e.cu_seqlens)[e.mask]
+    logprobs = logits.log_softmax(-1).gather(1, e.targets[e.mask, None])[:, 0]
+    ratio, a = (logprobs - e.old_logprobs[e.mask]).exp(), e.advantages[e.mask]
+    low, high = 1 - config.clip_range, 1 + (config.clip_range_high or config.clip_range)
+    policy = torch.maximum(-ratio * a, -ratio.clamp(low, high) * a)
+    if config.dual_clip:
+        policy = torch.where(a < 0, torch.minimum(policy, -config.dual_clip * a), policy)
+    returns, old = e.returns[e.mask], e.values[e.mask]
+    value_loss = (value - returns) ** 2
+    if config.value_clip_range:
+        near = old + (value - old).clamp(-config.value_clip_range, config.value_clip_range)
+        value_loss = torch.maximum(value_loss, (near - returns) ** 2)
+    expected = (policy + config.value_coef * 0.5 * value_loss).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+
+
+# ---- Exactness before the first update
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("micro_batch", [0, 1, 2])
+def test_step_zero_is_exact(family, micro_batch):
+    """KL is 0, the first minibatch's ratio is 1 and nothing is clipped: to the last bit.
+
+    Dropout is set, and must be off. Lengths are unequal, and the first epoch is shuffled.
+    """
+    ppo = make(settings(micro_batch=micro_batch), family=family, dropout=0.5)
+    episodes = Episodes.of(random_samples(8), torch.device("cpu"))
+    order = ppo.order(0, 0)
+    ppo.assess(episodes, order)
+    mask = episodes.mask
+    assert (episodes.old_logprobs[mask] < 0).all()
+    assert_same_bits(episodes.old_logprobs, episodes.ref_logprobs)
+    metrics = ppo.estimate(episodes, random_samples(8), torch.zeros(8))
+    assert metrics["objective/kl"] == 0.0
+    rows = order[:4]
+    for micro in ppo_module.split(rows, ppo.micro_batch):
+        part = episodes.take(micro)
+        new = ppo_module.response_logprobs(ppo.policy, part, 1.0)
+        assert_same_bits(new.logprobs.detach(), part.old_logprobs)
+        _, stats = ppo.loss(part, mask.sum())
+        means = stats.means()
+        assert means["ratio"] == 1.0 and means["count"] == part.mask.sum()
+        assert means["approx_kl"] == means["clipped"] == means["value_clipped"] == 0.0
+
+
+def test_first_epoch_sees_the_micro_batches_that_old_logprobs_came_from(monkeypatch):
+    """The same packing, since the bits of a matrix product may depend on its number of rows."""
+    ppo, seen = make(settings(micro_batch=2)), {"policy": [], "reference": []}
+
+    def look(model, part, temperature):
+        seen["reference" if model is ppo.reference else "policy"].append(part.tokens.tolist())
+        return plain(model, part, temperature)
+
+    plain = ppo_module.response_logprobs
+    monkeypatch.setattr(ppo_module, "response_logprobs", look)
+    ppo.iteration(0)
+    assert len(seen["policy"]) == 8  # 4 to assess, 4 to train
+    assert seen["policy"][:4] == seen["reference"] == seen["policy"][4:]
+
+
+def test_first_iteration_reports_exactness():
+    """With one minibatch per iteration the metrics themselves show it."""
+    ppo = make(settings(minibatch=8, micro_batch=2))
+    metrics = ppo.iteration(0)
+    assert metrics["objective/kl"] == 0.0 and metrics["ppo/ratio"] == 1.0
+    assert metrics["ppo/approx_kl"] == metrics["ppo/clip_fraction"] == 0.0
+    assert metrics["rollout/logprob_mismatch"] <= 1e-4  # the generator's against the trainer's
+    assert ppo.iteration(1)["objective/kl"] != 0.0
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
+def test_one_temperature_everywhere(temperature):
+    """Rollouts, old, new and reference log-probs; so the KL begins at 0 whatever it is."""
+    ppo = make(settings(temperature=temperature, minibatch=8))
+    metrics = ppo.iteration(0)
+    assert metrics["rollout/logprob_mismatch"] <= 1e-4
+    assert metrics["objective/kl"] == 0.0 and metrics["ppo/ratio"] == 1.0
+
+
+# ---- Invariances
+
+
+def loss_and_gradient(ppo: PPO, episodes: Episodes, rows: list[int]) -> tuple[float, torch.Tensor]:
+    """What `update` accumulates for a minibatch, before the optimisers step."""
+    seen = {}
+
+    def look(optimizer, lr, clip):
+        if not seen:
+            seen["gradient"] = gradients(ppo.policy, ppo.critic)
+        optimizer.zero_grad()
+        return 0.0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo_module, "apply_gradients", look)
+        metrics, _ = ppo.update(0, 0, episodes, rows)
+    return metrics["loss"], seen["gradient"]
+
+
+def assert_same_update(a, b):
+    (loss_a, gradient_a), (loss_b, gradient_b) = a, b
+    assert abs(loss_a - loss_b) <= 1e-6 * abs(loss_a)
+    assert (gradient_a - gradient_b).norm() <= 1e-5 * gradient_a.norm()
+
+
+def test_micro_batches_add_up(text):
+    """Policy, critic and pre-training mix: the split of a minibatch changes nothing."""
+    whole = make(settings(minibatch=8, ptx_batch=4, ptx_context=16), text=text)
+    episodes = random_episodes(whole)
+    expected = loss_and_gradient(whole, episodes, list(range(8)))
+    for size in (1, 2, 4):
+        whole.micro_batch = size
+        assert_same_update(expected, loss_and_gradient(whole, episodes, list(range(8))))
+
+
+def test_order_of_rows_does_not_matter():
+    ppo = make(settings(minibatch=8))
+    episodes = random_episodes(ppo)
+    expected = loss_and_gradient(ppo, episodes, list(range(8)))
+    assert_same_update(expected, loss_and_gradient(ppo, episodes, [5, 2, 7, 0, 1, 6, 4, 3]))
+
+
+def test_each_prompt_is_as_if_alone():
+    """Packing: a row's log-probs and values do not depend on its neighbours."""
+    ppo = make(settings())
+    episodes = Episodes.of(random_samples(8), torch.device("cpu"))
+    with torch.no_grad():
+        together = ppo_module.response_logprobs(ppo.policy, episodes, 1.0).logprobs
+        values = ppo_module.state_values(ppo.critic, episodes)
+        for row in range(8):
+            alone, index = episodes.take([row]), episodes.index([row])
+            logprobs = ppo_module.response_logprobs(ppo.policy, alone, 1.0).logprobs
+            torch.testing.assert_close(logprobs, together[index], rtol=1e-5, atol=1e-6)
+            lone_values = ppo_module.state_values(ppo.critic, alone)
+            torch.testing.assert_close(lone_values, values[index], rtol=1e-5, atol=1e-6)
+
+
+def test_value_is_of_the_state_before_the_token():
+    ppo = make(settings())
+    before = Episodes.of([sample([1, 2, 3], [10, 11, 12])], torch.device("cpu"))
+    after = Episodes.of([sample([1, 2, 3], [10, 99, 12])], torch.device("cpu"))
+    with torch.no_grad():
+        a = ppo_module.state_values(ppo.critic, before)
+        b = ppo_module.state_values(ppo.critic, after)
+    at = int(before.mask.nonzero()[1])  # the position that chooses the second token
+    torch.testing.assert_close(a[: at + 1], b[: at + 1])
+    assert not torch.allclose(a[at + 1 :], b[at + 1 :])
+
+
+def test_batch_algebra():
+    """Every episode is in one minibatch per epoch, in an order fresh for each epoch and step."""
+    ppo = make(settings(inner_epochs=3))
+    orders = [ppo.order(step, epoch) for step in range(2) for epoch in range(3)]
+    assert all(sorted(order) == list(range(8)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 6
+    assert ppo.order(1, 2) == orders[5]
+
+
+def test_rollouts_depend_on_seed_and_step_alone():
+    ppo = make(settings())
+    first, second = ppo.rollout(0), ppo.rollout(1)
+    assert [s.sequence for s in ppo.rollout(0)] == [s.sequence for s in first]
+    other = make(settings(run=RunConfig(seed=1))).rollout(0)
+    assert [s.sequence for s in other] != [s.sequence for s in first]
+    ppo.prompts = [Prompt("same", {"number": 0})] * 12
+    assert [s.sequence for s in ppo.rollout(0)] != [s.sequence for s in ppo.rollout(1)]
+    # 12 prompts: two iterations of 8 hold each of them once, then begin again.
+    numbers = [s.prompt.record["number"] for s in first + second]
+    assert sorted(numbers[:12]) == list(range(12)) and len(set(numbers[12:])) == 4
+
+
+# ---- Updates
+
+
+def test_pretraining_mix_is_a_backward_of_its_own(text):
+    """The gradient is PPO's plus ptx_coef times that of the mean loss per token of text."""
+    config = settings(minibatch=8, ptx_batch=4, ptx_context=16, ptx_coef=2.5)
+    alone, mixed = make(config), make(config, text=text)
+    episodes = random_episodes(alone)
+    loss, gradient = loss_and_gradient(alone, episodes, list(range(8)))
+    total, both = loss_and_gradient(mixed, episodes, list(range(8)))
+    packed = text.batch(0, ppo_module.mix(0, ppo_module.PRETRAIN), 4, 16)
+    logits = mixed.policy(packed.tokens, packed.cu_seqlens)
+    ptx = torch.nn.functional.cross_entropy(logits, packed.targets)
+    ptx.backward()
+    mixed.critic.zero_grad(set_to_none=False)
+    for p in mixed.critic.parameters():
+        p.grad = torch.zeros_like(p)
+    expected = gradient + 2.5 * gradients(mixed.policy, mixed.critic)
+    assert total == pytest.approx(loss + 2.5 * ptx.item(), rel=1e-5)
+    assert (both - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_update_uses_two_optimisers_with_their_own_rates(monkeypatch):
+    seen = []
+
+    def look(optimizer, lr, clip):
+        seen.append((optimizer, lr, clip))
+        optimizer.zero_grad()
+        return 1.0
+
+    monkeypatch.setattr(ppo_module, "apply_gradients", look)
+    config = settings(critic_lr=0.5)
+    ppo = make(config)
+    ppo.update(1, 0, random_episodes(ppo), [0, 1, 2, 3])
+    (policy, policy_lr, clip), (critic, critic_lr, _) = seen
+    assert policy is ppo.state.optimizers[""] and critic is ppo.state.optimizers["critic"]
+    # Step 1 of a warm-up over 2 steps from a tenth: 0.1 + 0.9 / 2 of the rate.
+    assert policy_lr == pytest.approx(0.55e-2) and critic_lr == pytest.approx(0.275)
+    assert clip == config.optim.grad_clip == 1.0
+    assert policy.optim.eps == 1e-5 and (policy.optim.beta1, policy.optim.beta2) == (0.9, 0.95)
+
+
+def test_learning_rate_of_the_paper():
+    """Constant, after ten iterations of warm-up from a tenth."""
+    optim = PPOConfig(init="a", reward="b", prompts=("c",)).optim
+    rates = [learning_rate(optim, step, 40) / optim.lr for step in (0, 5, 10, 39)]
+    assert rates == pytest.approx([0.1, 0.55, 1.0, 1.0])
+
+
+def test_reference_is_frozen_and_dropout_off(text):
+    ppo = make(settings(ptx_batch=4, ptx_context=16), text=text, dropout=0.3)
+    before = {name: p.clone() for name, p in ppo.reference.state_dict().items()}
+    policy = [p.detach().clone() for p in ppo.policy.parameters()]
+    ppo.iteration(0)
+    for name, p in ppo.reference.state_dict().items():
+        assert_same_bits(p, before[name], name)
+    assert all(p.grad is None for p in ppo.reference.parameters())
+    assert not any(m.training for m in (ppo.policy, ppo.critic, ppo.reference))
+    assert all(not torch.equal(a, b) for a, b in zip(policy, ppo.policy.parameters(), strict=True))
+
+
+def test_non_finite_gradient_is_skipped_and_counted(monkeypatch):
+    ppo = make(settings())
+    episodes, plain = random_episodes(ppo), ppo.loss
+
+    def loss(part, normalizer):
+        value, stats = plain(part, normalizer)
+        return value + (ppo.policy.norm * 0).abs().sqrt().sum(), stats  # 0, its gradient NaN
+
+    monkeypatch.setattr(ppo, "loss", loss)
+    policy = [p.detach().clone() for p in ppo.policy.parameters()]
+    metrics, _ = ppo.update(0, 0, episodes, [0, 1, 2, 3])
+    assert math.isfinite(metrics["loss"]) and not math.isfinite(metrics["ppo/grad_norm"])
+    assert ppo.state.extra["skipped_updates"] == 1
+    for a, b in zip(policy, ppo.policy.parameters(), strict=True):
+        assert_same_bits(a, b.detach())
+
+
+def test_kl_coefficient_is_fixed_or_adapts():
+    fixed, adaptive = make(settings()), make(settings(kl_target=1.0))
+    for ppo in (fixed, adaptive):
+        ppo.iteration(0)
+    assert fixed.state.extra["kl_coef"] == 0.05
+    assert adaptive.state.extra["kl_coef"] == 0.05 * (1 - 0.2 * 8 / 1e4)  # the KL is 0 at first
+
+
+def test_average_follows_every_update_and_is_exported():
+    ppo = make(settings(ema=0.9))
+    expected = {n: p.detach().clone() for n, p in ppo.policy.named_parameters()}
+    episodes = random_episodes(ppo)
+    for number in range(3):
+        ppo.update(0, number, episodes, [0, 1, 2, 3])
+        for name, p in ppo.policy.named_parameters():
+            expected[name] = 0.9 * expected[name] + 0.1 * p.detach()
+    for name, value in expected.items():
+        torch.testing.assert_close(ppo.state.tensors[f"ema.{name}"], value)
+    last = ppo.policy.embed.detach().clone()
+    ppo.export_average()
+    torch.testing.assert_close(ppo.policy.embed.detach(), expected["embed"])
+    assert_same_bits(ppo.state.tensors["last.embed"], last)
+    assert not make(settings(ema=0.0)).state.tensors
+
+
+def test_statistics_are_masked():
+    """Means over the responses' tokens of the iteration, whatever lies around them."""
+    ppo = make(settings())
+    episodes = random_episodes(ppo)
+    episodes.old_logprobs[~episodes.mask] = math.nan
+    episodes.advantages[~episodes.mask] = math.nan
+    halves = [0, 1, 2, 3], [4, 5, 6, 7]
+    updates = [ppo.update(0, i, episodes, rows) for i, rows in enumerate(halves)]
+    metrics = ppo_module.summarise(updates)
+    names = ("policy_loss", "value_loss", "approx_kl", "ratio", "clip_fraction")
+    assert all(math.isfinite(metrics[f"ppo/{name}"]) for name in names)
+    assert 0 < metrics["ppo/clip_fraction"] < 1 and metrics["ppo/approx_kl"] > 0
+    assert metrics["ppo/explained_variance"] <= 1
+
+
+# ---- Whole runs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A policy, a reward model, prompts and text on disk."""
+    path = tmp_path_factory.mktemp("ppo")
+    policy = model()
+    policy.save(path / "init", TOKENIZER)
+    policy.to_scalar_head().save(path / "reward", TOKENIZER)
+    lines = [json.dumps({"prompt": p.text}) for p in prompts()]
+    (path / "prompts.jsonl").write_text("\n".join(lines))
+    (path / "text.txt").write_text("hello there, some text to learn from. " * 40)
+    return path
+
+
+def whole(folder: Path, out: Path, **changes) -> PPOConfig:
+    run = RunConfig(out=str(out), save_every=2, log_every=1, **changes.pop("run", {}))
+    init, files = str(folder / "init"), (str(folder / "prompts.jsonl"),)
+    return settings(**{"init": init, "prompts": files, "reward": "", "run": run} | changes)
+
+
+def metrics_of(out: Path) -> list[dict]:
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in WALL_CLOCK} for line in lines]
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(directory)): f.read_bytes() for f in directory.rglob("*.safetensors")}
+
+
+def test_run_raises_a_simple_reward(folder, tmp_path):
+    config = whole(
+        folder, tmp_path / "run", steps=10, batch=32, minibatch=8, inner_epochs=2, max_tokens=4,
+        kl_coef=0.01, missing_eos="none", optim=replace(settings().optim, lr=2e-2),
+    )  # fmt: skip
+    final = ppo_module.run(config, reward=letters)
+    scores = [m["objective/score"] for m in metrics_of(tmp_path / "run")]
+    assert scores[-1] > scores[0] + 0.3, scores
+    assert (final / "model.safetensors").exists() and (final / "critic").is_dir()
+
+
+class Killed(Exception):
+    pass
+
+
+def test_resumed_run_equals_an_uninterrupted_one(folder, tmp_path):
+    """Policy, critic, both optimisers, averages, KL coefficient and metrics, bit for bit."""
+    changes = dict(
+        steps=5, inner_epochs=2, kl_target=0.5, reward=str(folder / "reward"),
+        pretrain_data=(str(folder / "text.txt"),), ptx_batch=2, ptx_context=16,
+    )  # fmt: skip
+    whole_run = ppo_module.run(whole(folder, tmp_path / "a", **changes))
+
+    def killed_at_step_3(self, step):
+        if step == 3:
+            raise Killed
+        return iteration(self, step)
+
+    iteration = PPO.iteration
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PPO, "iteration", killed_at_step_3)
+        with pytest.raises(Killed):
+            ppo_module.run(whole(folder, tmp_path / "b", **changes))
+    resumed = ppo_module.run(whole(folder, tmp_path / "b", run={"resume": True}, **changes))
+    a, b = files_of(whole_run), files_of(resumed)
+    assert sorted(a) == sorted(b) and len(a) >= 5
+    assert [name for name in a if a[name] != b[name]] == []
+    assert metrics_of(tmp_path / "a") == metrics_of(tmp_path / "b")
+    states = [json.loads((p / "state" / "trainer.json").read_text()) for p in (whole_run, resumed)]
+    assert states[0] == states[1] and states[0]["extra"]["kl_coef"] != 0.05
+
+
+def test_final_is_the_average_when_asked(folder, tmp_path):
+    from instructcore.model import load
+
+    last = load(ppo_module.run(whole(folder, tmp_path / "a", steps=2, ema=0.9), letters))
+    changes = {"steps": 2, "ema": 0.9, "export_ema": True}
+    average = load(ppo_module.run(whole(folder, tmp_path / "b", **changes), letters))
+    start = load(folder / "init")
+    moved = [(m.embed - start.embed).norm() for m in (last, average)]
+    assert 0 < moved[1] < moved[0]
+
+
+def test_critic_begins_as_the_reward_model(folder):
+    policy, cpu = model(), torch.device("cpu")
+    judge = make_judge(str(folder / "reward"), TOKENIZER, cpu, torch.float32)
+    critic = ppo_module.make_critic(judge, policy, 0)
+    for (name, a), b in zip(critic.named_parameters(), judge.model.parameters(), strict=True):
+        assert_same_bits(a.detach(), b, name)
+        assert a.requires_grad and not b.requires_grad and a.data_ptr() != b.data_ptr()
+
+
+def test_critic_without_a_reward_model_is_the_policy_under_a_new_head():
+    policy = model(width=512, heads=8)
+    judge = make_judge(letters, TOKENIZER, torch.device("cpu"), torch.float32)
+    critic = ppo_module.make_critic(judge, policy, 0)
+    assert_same_bits(critic.embed.detach(), policy.embed.detach())
+    assert critic.score.std().item() * math.sqrt(513) == pytest.approx(1.0, abs=0.15)
+
+
+def test_presets(capsys):
+    paths = dict(init="a", reward="b", prompts=("c",))
+    paper = PPOConfig(**paths, preset="instructgpt")
+    assert (paper.batch, paper.minibatch, paper.ptx_coef, paper.kl_coef) == (512, 64, 27.8, 0.02)
+    assert paper.critic_lr == 9e-6 and paper.optim.lr == 8e-6 and paper.ema == 0.992
+    assert paper.steps * paper.batch == 256_000 and paper.ptx_batch == 8 * paper.minibatch
+    mine = PPOConfig(**paths, preset="instructgpt", batch=64, optim=OptimConfig(lr=1e-3))
+    assert mine.batch == 64 and mine.optim.lr == 1e-3 and mine.ptx_coef == 27.8
+
+
+# ---- Mistakes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch": 10, "minibatch": 4}, "--minibatch must divide --batch, got 4 and 10"),
+        ({"micro_batch": 3}, "--micro-batch must divide --minibatch, got 3 and 4"),
+        ({"kl_coef": -1.0}, r"--kl-coef must be in \[0, inf\), got -1"),
+        ({"lambda_": 1.5}, r"--lambda must be in \[0, 1\], got 1.5"),
+        ({"missing_eos": "maybe"}, "--missing-eos must be one of"),
+        ({"preset": "gpt5"}, "--preset must be one of"),
+        ({"temperature": 0.0}, "--temperature must be in"),
+        ({"ema": 0.0, "export_ema": True}, "--export-ema needs --ema"),
+        ({"prompts": ()}, "--prompts is missing"),
+    ],
+)
+def test_rejects_settings(changes, message):
+    with pytest.raises(UserError, match=message):
+        settings(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reward", "message"),
+    [
+        ({}, None, "--reward is missing"),
+        ({"reward": "no.such.module:f"}, None, "cannot load the function no.such.module:f"),
+        ({"reward": "json:nothing"}, None, "cannot load the function json:nothing"),
+        ({"reward": "nowhere"}, None, "nowhere"),
+        ({}, lambda p, r, c: [1.0], "must return a score per response, got 1 for 8"),
+        ({}, lambda p, r, c: [math.nan] * len(p), "a reward must be finite, got nan"),
+        ({"max_tokens": 40}, letters, "4 of 12 prompts .* do not fit the context of 48"),
+    ],
+)
+def test_rejects_what_a_run_finds(folder, tmp_path, changes, reward, message):
+    config = whole(folder, tmp_path / "run", **changes)
+    with pytest.raises(UserError, match=message):
+        ppo_module.run(config, reward)
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_rejects_wrong_checkpoints(folder, tmp_path):
+    with pytest.raises(UserError, match="is a reward model: it cannot write"):
+        config = whole(folder, tmp_path / "a", init=str(folder / "reward"))
+        ppo_module.run(config, letters)
+    with pytest.raises(UserError, match="is no reward model"):
+        ppo_module.run(whole(folder, tmp_path / "b", reward=str(folder / "init")))
+    with pytest.raises(UserError, match="--ptx-context must fit the context 48, got 64"):
+        texts = (str(folder / "text.txt"),)
+        ppo_module.run(whole(folder, tmp_path / "c", pretrain_data=texts, ptx_context=64), letters)
