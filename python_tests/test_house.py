@@ -1,0 +1,44 @@
+"""The three rules of the house that a reader could break without noticing."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh"))
+OPS = sorted(p.stem for p in (ROOT / "instructcore" / "ops").glob("[!_]*.py"))
+# The linear forms are torch GEMMs around the kernels of the op they are named after.
+KERNEL_OF = {
+    "linear_cross_entropy": "cross_entropy",
+    "linear_token_logprobs": "token_logprobs",
+}
+
+
+def test_no_torch_header():
+    for path in SOURCES:
+        found = re.search(r"#include [<\"](torch|ATen|c10)/", path.read_text())
+        assert not found, f"{path}: {found[0]}"
+
+
+def test_ptx_and_launches_live_in_gpu_cuh():
+    for path in SOURCES:
+        if path.name == "gpu.cuh" or path.suffix not in (".cu", ".cuh"):
+            continue
+        found = re.search(r"\basm\b|__shared__|<<<", path.read_text())
+        assert not found, f"{path}: {found[0]} belongs in gpu.cuh"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_has_its_files(op):
+    kernel = KERNEL_OF.get(op, op)
+    for path in (
+        f"csrc/{kernel}.h",
+        f"csrc/{kernel}_cpu.cpp",
+        f"python_tests/test_{op}.py",
+        f"bench/bench_{op}.py",
+    ):
+        assert (ROOT / path).exists(), f"{op} lacks {path}"
+    assert op in (ROOT / "README.md").read_text(), f"{op} is missing from the README's op table"
