@@ -1,8 +1,8 @@
 """Generation: token ids in, sampled ids with their log-probabilities out.
 
-Sequences share a batch without padding. A step feeds every running sequence its last token and every
-new one its whole prompt, in one packed forward; keys and values lie in pages of a common cache. A
-finished sequence leaves at once, and a waiting one takes its place. Three parts keep apart:
+Sequences share a batch without padding. A step feeds every running sequence its last token and
+every new one its whole prompt, in one packed forward; keys and values lie in pages of a common
+cache. A finished sequence leaves at once, and a waiting one takes its place. Three parts keep apart:
 
     _Pages    which pages of the cache are free
     _Rows     what a step knows of each running sequence, as tensors: a row each
@@ -47,7 +47,7 @@ class SamplingParams:
     top_p: float = option(1.0, "only the likeliest tokens of this mass together", range="[0, 1]")
     min_p: float = option(0.0, "only tokens this likely, next to the likeliest", range="[0, 1]")
     seed: int | None = option(
-        None, "seed of the draws; not given: another one each time", range="[0, 9223372036854775807]"
+        None, "seed of the draws; not given: a new one each time", range="[0, 9223372036854775808)"
     )
     stop: tuple[str, ...] = option((), "strings that end a response, not part of it")
     n: int = option(1, "responses per prompt", range="[1, inf)")
@@ -186,14 +186,15 @@ class Generator:
             f"a prompt must be shorter than the context of {config.context} tokens, "
             f"got {len(prompt)}",
         )
+        last = config.vocab_size - 1
         check(
-            0 <= min(prompt) and max(prompt) < config.vocab_size,
-            f"token ids must be in 0 .. {config.vocab_size - 1}, got {min(prompt)} .. {max(prompt)}",
+            0 <= min(prompt) and max(prompt) <= last,
+            f"token ids must be in 0 .. {last}, got {min(prompt)} .. {max(prompt)}",
         )
         stop_ids = frozenset(params.stop_token_ids)
         check(
-            all(0 <= id < config.vocab_size for id in stop_ids),
-            f"stop_token_ids must be in 0 .. {config.vocab_size - 1}, got {params.stop_token_ids}",
+            all(0 <= id <= last for id in stop_ids),
+            f"stop_token_ids must be in 0 .. {last}, got {params.stop_token_ids}",
         )
         if not params.ignore_eos:
             stop_ids |= self.eos_ids
@@ -404,9 +405,7 @@ class _Batch:
         index = rows.position - rows.begin
         self.sampled[rows.slot, index] = drawn.tokens
         self.logprobs[:, rows.slot, index] = torch.stack(drawn[1:])
-        rows = rows._replace(
-            token=drawn.tokens, position=rows.position + 1, seqlens=cache.seqlens
-        )
+        rows = rows._replace(token=drawn.tokens, position=rows.position + 1, seqlens=cache.seqlens)
         self.rows = rows
         ended = self.stops[rows.stop_set, rows.token]
         if self.watched:
@@ -499,7 +498,11 @@ class _Batch:
 
 @torch.no_grad()
 def score(model: GPT, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-    """log p(token t + 1 | tokens 0 .. t) of each sequence, float32 (length - 1,), by the trainer's forward."""
+    """log p(token t + 1 | tokens 0 .. t) of each sequence, by the trainer's forward.
+
+    Returns:
+        float32 (length - 1,) for each; without gradient.
+    """
     scores: list[Tensor] = []
     with model.frozen():
         for part in _parts(sequences):
@@ -636,7 +639,7 @@ def run(config: GenerateConfig) -> list[dict[str, Any]]:
 
 
 def chat(config: ChatConfig) -> None:
-    """A conversation: what was said stays before what is said next, as far as the context reaches."""
+    """A conversation: what was said stays before what is said next, as the context allows."""
     speaker, params = _Speaker(config), config.sampling
     if not speaker.instructed:
         print("This checkpoint is not tuned to answer: it continues text.", file=sys.stderr)
@@ -666,7 +669,7 @@ def chat(config: ChatConfig) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """What the user types, until the end of input or Ctrl-C; the lines of stdin if it is no terminal."""
+    """What the user types, until the end of input or Ctrl-C; all of stdin if it is no terminal."""
     if not sys.stdin.isatty():
         yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
         return

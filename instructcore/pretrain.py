@@ -85,7 +85,7 @@ class PretrainConfig:
     micro_batch: int = option(0, "windows at once, 0 = all; must divide batch", range="[0, inf)")
     eval_every: int = option(0, "held-out loss every so many steps, 0 = at the end")
     model: ModelConfig = group(ModelConfig, hide=("vocab_size",))
-    optim: OptimConfig = group(OptimConfig, lr=3e-3, warmup=0.05)
+    optim: OptimConfig = group(OptimConfig, lr=2e-3, warmup=0.05)
     run: RunConfig = group(RunConfig)
 
     def __post_init__(self) -> None:

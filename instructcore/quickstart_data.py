@@ -381,7 +381,7 @@ class _Maker:
             return self.say(2 * [[("told", self.pick(titles))]], language)
         while True:
             other = self.task(task["family"], language)[1]["answer"]
-            if other != answer and [o[0][0] for o in other] == [o[0][0] for o in answer]:
+            if isinstance(other, str) or [o[0][0] for o in other] == [o[0][0] for o in answer]:
                 return self.say(other, language)
 
     def respond(self, task: dict, quality: str) -> str:

@@ -143,12 +143,13 @@ def optimise(
     optimizer: AdamW, optim: OptimConfig, step: int, steps: int, losses: Iterable[Tensor]
 ) -> Metrics:
     """A whole step: the gradients of `losses`, one per micro-batch, are summed, then applied."""
-    loss = 0.0
+    loss: Tensor | float = 0.0
     for part in losses:
         part.backward()
-        loss += float(part.detach())
+        loss = loss + part.detach()
     lr = learning_rate(optim, step, steps)
-    return {"loss": loss, "grad_norm": update(optimizer, lr, optim.grad_clip), "lr": lr}
+    norm = update(optimizer, lr, optim.grad_clip)
+    return {"loss": float(loss), "grad_norm": norm, "lr": lr}
 
 
 def choose_device(name: str) -> torch.device:

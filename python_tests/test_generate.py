@@ -98,7 +98,13 @@ def test_untruncated_sampled_logprobs_are_the_raw_ones(model):
 
 @pytest.mark.parametrize(
     "limits",
-    [{"max_batch": 1}, {"max_batch": 3}, {"prefill_tokens": 20}, {"cache_bytes": 1}, {"block_size": 5}],
+    [
+        {"max_batch": 1},
+        {"max_batch": 3},
+        {"prefill_tokens": 20},
+        {"cache_bytes": 1},
+        {"block_size": 5},
+    ],
     ids=str,
 )
 def test_a_completion_does_not_depend_on_the_batch(model, limits):
@@ -213,7 +219,7 @@ def test_stop_strings_against_brute_force(stop):
         sizes = torch.randint(0, 4, (8,), generator=generator).tolist()
         letters = torch.randint(0, 4, (sum(sizes),), generator=generator).tolist()
         text = "".join("abé€"[i] for i in letters)
-        # The stop string that is complete first ends the text; of those complete at once, the longest.
+        # The stop string complete first ends the text; of those complete at once, the longest.
         ends = [
             (end, -len(s))
             for s in stop
@@ -371,6 +377,7 @@ def instructed(tmp_path_factory):
 
 
 PARAMS = SamplingParams(max_tokens=12, seed=5)
+EXACT = {"sampling": PARAMS, "dtype": "float32"}  # bfloat16 may be the default
 
 
 def test_command_generate(checkpoint, instructed, capsys, tmp_path):
@@ -382,7 +389,7 @@ def test_command_generate(checkpoint, instructed, capsys, tmp_path):
         (instructed, True, [*b"hello"]),
     ):
         expected = Generator(model, TOKENIZER).generate([ids], PARAMS)[0].text
-        records = generate.run(GenerateConfig(path, prompt="hello", raw=raw, sampling=PARAMS))
+        records = generate.run(GenerateConfig(path, prompt="hello", raw=raw, **EXACT))
         assert capsys.readouterr().out == expected + "\n"
         assert [r["response"] for r in records] == [expected]
     file = tmp_path / "prompts.txt"
@@ -406,7 +413,7 @@ def test_command_generate(checkpoint, instructed, capsys, tmp_path):
 
 def test_command_chat(instructed, checkpoint, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("hi\n\nand then?\n/quit\nnever said\n"))
-    generate.chat(ChatConfig(instructed, sampling=PARAMS))
+    generate.chat(ChatConfig(instructed, **EXACT))
     model, marker, eos = tiny(), TOKENIZER.assistant_id, TOKENIZER.eos_id
     ids, expected = [], ""
     for line in (b"hi", b"and then?"):
@@ -417,9 +424,9 @@ def test_command_chat(instructed, checkpoint, capsys, monkeypatch):
     assert capsys.readouterr().out == expected
     # Old turns go when the context of 96 tokens is full; a single line that long is an error.
     monkeypatch.setattr("sys.stdin", io.StringIO("what?\n" * 12))
-    generate.chat(ChatConfig(checkpoint, sampling=PARAMS))
+    generate.chat(ChatConfig(checkpoint, **EXACT))
     captured = capsys.readouterr()
     assert captured.out.count("\n") >= 12 and "continues text" in captured.err
     monkeypatch.setattr("sys.stdin", io.StringIO("x" * 200))
     with pytest.raises(UserError, match="shorter than the context"):
-        generate.chat(ChatConfig(instructed, sampling=PARAMS))
+        generate.chat(ChatConfig(instructed, **EXACT))
