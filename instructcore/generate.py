@@ -2,11 +2,11 @@
 
 Sequences share a batch without padding. A step feeds every running sequence its last token and
 every new one its whole prompt, in one packed forward; keys and values lie in pages of a common
-cache. A finished sequence leaves at once, and a waiting one takes its place. Three parts keep apart:
+cache. A finished sequence leaves at once, and a waiting one takes its place. Three parts:
 
-    _Pages    which pages of the cache are free
-    _Rows     what a step knows of each running sequence, as tensors: a row each
-    Generator admits requests, runs steps, hands out completions
+    _Request  what is asked for and what has come of it, on the host
+    _Rows     what a step needs of each running sequence: tensors with a row each
+    _Batch    admits requests, runs steps, owns the cache and its free pages
 
 A completion is a function of its prompt and its parameters alone: the noise that draws a token
 depends on the seed, the position and the token, not on the batch.
@@ -19,7 +19,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,8 +148,6 @@ class Generator:
         The texts of a response's pieces join to the text of its completion, which the last one has.
         """
         requests = self._all_requests(prompts, params)
-        for request in requests:
-            request.text = _Text(self.tokenizer, request.params)
         unfinished = dict(enumerate(requests))
         for _ in self._run(requests):
             pieces = [Piece(i, r.text.take(), r.completion) for i, r in unfinished.items()]
@@ -206,7 +204,7 @@ class Generator:
                 seed = mix(params.seed, sample) if sample else params.seed
             # The last token of a response is never fed, so it needs no place in the cache.
             pages = -(-(len(prompt) + limit - 1) // self.block_size)
-            text = _Text(self.tokenizer, params) if params.stop else None
+            text = _Text(self.tokenizer, params)
             yield _Request(prompt, params, seed, limit, pages, stop_ids, text)
 
     @torch.no_grad()
@@ -234,7 +232,7 @@ class Generator:
 
 @dataclass(eq=False)
 class _Request:
-    """One response to be: what is asked, and in the end the completion."""
+    """One response to be."""
 
     prompt: list[int]
     params: SamplingParams
@@ -242,10 +240,25 @@ class _Request:
     limit: int  # most tokens of the response
     pages: int  # of the cache, for prompt and response
     stop_ids: frozenset[int]
-    text: _Text | None  # for those whose text matters as it comes
-    slot: int = -1  # where its record is while it runs
-    blocks: list[int] | None = None
+    text: _Text
+    blocks: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    sampled_logprobs: list[float] = field(default_factory=list)
     completion: Completion | None = None
+
+    def accept(self, id: int, logprob: float, sampled_logprob: float) -> bool:
+        """Takes in the next token; whether more are to come."""
+        check(id >= 0, "the model's logits are NaN: so are its weights")
+        self.token_ids.append(id)
+        self.logprobs.append(logprob)
+        self.sampled_logprobs.append(sampled_logprob)
+        ended = self.text.feed(id) or id in self.stop_ids
+        if not ended and len(self.token_ids) < self.limit:
+            return True
+        record = (self.token_ids, self.logprobs, self.sampled_logprobs)
+        self.completion = Completion(*record, "stop" if ended else "length", self.text.finish())
+        return False
 
 
 class _Text:
@@ -266,11 +279,11 @@ class _Text:
         """Takes in the next id; whether a stop string is complete."""
         self._held += self._stream.feed(id)
         self._exempt -= 1
-        if self._exempt > 0:
+        if self._stops and self._exempt <= 0:
+            self._cut()
+        else:
             self._pieces.append(self._held)
             self._held = ""
-            return False
-        self._cut()
         return self.stopped
 
     def finish(self) -> str:
@@ -302,90 +315,50 @@ class _Text:
         self._held = held[rest:]
 
 
-class _Pages:
-    """The free pages of the cache."""
-
-    def __init__(self, count: int) -> None:
-        self._free = list(range(count))
-
-    def take(self, count: int) -> list[int] | None:
-        """So many pages, or None if there are too few."""
-        if count > len(self._free):
-            return None
-        taken = self._free[len(self._free) - count :]
-        del self._free[len(self._free) - count :]
-        return taken
-
-    def give_back(self, pages: list[int]) -> None:
-        self._free += pages
-
-
 class _Rows(NamedTuple):
-    """The running sequences, a row each; (B,) int64 on the model's device unless noted."""
+    """The running sequences, a row each; int64 (B,) on the model's device unless noted."""
 
-    slot: Tensor
     token: Tensor  # the last one, not yet in the cache
     position: Tensor  # of the next token in its sequence
-    begin: Tensor  # position of the response's first token
-    earliest: Tensor  # position from which on it may end
-    end: Tensor  # position at which it must
-    stop_set: Tensor
     seed: Tensor
     top_k: Tensor
     floats: Tensor  # (B, 6) float32: temperature, top_p, min_p and the three penalties
     block_table: Tensor  # (B, max_blocks) int32
     seqlens: Tensor  # int32: tokens in the cache
+    seen: Tensor  # (B, V) bool: tokens of the prompt, and
+    counts: Tensor  # (B, V) int32: of the response; where no request has penalties, (B, 0)
 
 
 class _Batch:
-    """Running sequences, their cache and the record of what they have sampled."""
+    """The running sequences and their cache."""
 
     def __init__(self, generator: Generator, requests: Sequence[_Request]) -> None:
-        self.model, self.tokenizer = generator.model, generator.tokenizer
-        self.prefill_tokens, self.device = generator.prefill_tokens, self.model.embed.device
-        slots = min(generator.max_batch, len(requests))
-        vocab, longest = self.model.config.vocab_size, max(r.limit for r in requests)
-
+        self.generator, self.model = generator, generator.model
+        self.device, config = self.model.embed.device, self.model.config
         needs = sorted((r.pages for r in requests), reverse=True)
-        config, size = self.model.config, self.model.compute_dtype.itemsize
-        page = 2 * config.layers * config.kv_heads * config.head_dim * size * generator.block_size
-        pages = max(needs[0], min(sum(needs[:slots]), generator.cache_bytes // page))
-        self.pages = _Pages(pages)
-        self.cache = KVCache(self.model, pages, generator.block_size, 0, needs[0])
-        self.max_blocks = needs[0]
-
+        size = self.model.compute_dtype.itemsize * generator.block_size
+        page = 2 * config.layers * config.kv_heads * config.head_dim * size
+        together = sum(needs[: generator.max_batch])
+        pages = max(needs[0], min(together, generator.cache_bytes // page))
+        self.free, self.max_blocks = list(range(pages)), needs[0]
+        self.cache = KVCache(self.model, pages, generator.block_size, 0, self.max_blocks)
         self.running: list[_Request] = []
         self.rows: _Rows | None = None
-        self.free_slots = list(range(slots))
-        self.counting = torch.arange(slots + 1, dtype=torch.int32, device=self.device)
-        self.sampled = torch.zeros(slots, longest, dtype=torch.int64, device=self.device)
-        self.logprobs = torch.zeros(2, slots, longest, device=self.device)  # raw and sampled
-
-        self.stop_sets = {ids: i for i, ids in enumerate({r.stop_ids: None for r in requests})}
-        stops = torch.zeros(len(self.stop_sets), vocab, dtype=torch.bool)
-        for ids, i in self.stop_sets.items():
-            stops[i, list(ids)] = True
-        self.stops = stops.to(self.device)
-        self.watched = any(r.text for r in requests)
+        self.counting = self._tensor(range(generator.max_batch + 1), torch.int32)
         self.has_minimum = any(r.params.min_tokens for r in requests)
         self.penalised = any(r.params.penalised for r in requests)
-        if self.penalised:
-            self.seen = torch.zeros(slots, vocab, dtype=torch.bool, device=self.device)
-            self.counts = torch.zeros(slots, vocab, dtype=torch.int32, device=self.device)
 
     def admit(self, waiting: deque[_Request]) -> list[_Request]:
-        """Takes from `waiting` who fits: a slot, pages to its end, and a share of this step."""
+        """Takes from `waiting` who fits: a row, pages to its end, and a share of this step."""
         new: list[_Request] = []
         tokens = 0
-        while waiting and self.free_slots:
+        while waiting and len(self.running) + len(new) < self.generator.max_batch:
             request = waiting[0]
             tokens += len(request.prompt)
-            if new and tokens > self.prefill_tokens:
+            crowded = new and tokens > self.generator.prefill_tokens
+            if crowded or request.pages > len(self.free):
                 break
-            request.blocks = self.pages.take(request.pages)
-            if request.blocks is None:
-                break
-            request.slot = self.free_slots.pop()
+            request.blocks = [self.free.pop() for _ in range(request.pages)]
             new.append(waiting.popleft())
         return new
 
@@ -400,31 +373,30 @@ class _Batch:
         hidden = self.model.decode(tokens, cu_seqlens, cache)
         if new:
             hidden = hidden[cu_seqlens[1:].long() - 1]
-        drawn = self._sample(self.model.logits(hidden), rows)
+        drawn = self._sample(self.model.logits(hidden))
+        self.rows = rows._replace(
+            token=drawn.tokens, position=rows.position + 1, seqlens=cache.seqlens
+        )
+        columns = zip(self.running, *(values.tolist() for values in drawn), strict=True)
+        keep = [i for i, (request, *values) in enumerate(columns) if request.accept(*values)]
+        if len(keep) < len(self.running):
+            for request in self.running:
+                self.free += request.blocks if request.completion else []
+            index = self._tensor(keep, torch.int64)
+            self.rows = _Rows(*(column[index] for column in self.rows))
+            self.running = [self.running[i] for i in keep]
 
-        index = rows.position - rows.begin
-        self.sampled[rows.slot, index] = drawn.tokens
-        self.logprobs[:, rows.slot, index] = torch.stack(drawn[1:])
-        rows = rows._replace(token=drawn.tokens, position=rows.position + 1, seqlens=cache.seqlens)
-        self.rows = rows
-        ended = self.stops[rows.stop_set, rows.token]
-        if self.watched:
-            ids = rows.token.tolist()
-            for i, request in enumerate(self.running):
-                if request.text and request.text.feed(ids[i]):
-                    ended[i] = True
-        done = ended | (rows.position >= rows.end)
-        if done.any():
-            self._leave(done, ended)
-
-    def _sample(self, logits: Tensor, rows: _Rows) -> ops.Sampled:
+    def _sample(self, logits: Tensor) -> ops.Sampled:
+        rows = self.rows
         temperature, top_p, min_p, *strengths = rows.floats.unbind(1)
         allowed = penalties = None
         if self.has_minimum:
-            early = rows.position < rows.earliest
-            allowed = ~(self.stops[rows.stop_set] & early[:, None])
+            allowed = torch.ones(logits.shape, dtype=torch.bool, device=self.device)
+            for i, request in enumerate(self.running):
+                if len(request.token_ids) < request.params.min_tokens:
+                    allowed[i, list(request.stop_ids)] = False
         if self.penalised:
-            penalties = ops.Penalties(self.counts[rows.slot], self.seen[rows.slot], *strengths)
+            penalties = ops.Penalties(rows.counts, rows.seen, *strengths)
         drawn = ops.sample(
             logits,
             temperature=temperature,
@@ -436,64 +408,45 @@ class _Batch:
             penalties=penalties,
             allowed=allowed,
         )
-        check(int(drawn.tokens.min()) >= 0, "the model's logits are NaN: so are its weights")
         if self.penalised:
-            self.counts[rows.slot, drawn.tokens] += 1
+            once = torch.ones_like(rows.counts[:, :1])
+            rows.counts.scatter_add_(1, drawn.tokens.clamp(min=0)[:, None], once)
         return drawn
 
     def _join(self, new: list[_Request]) -> tuple[Tensor, Tensor]:
         """Adds rows; returns the tokens of the step and where those of each row begin."""
         integers, floats, tables = [], [], []
-        for r in new:
-            p, size = r.params, len(r.prompt)
-            stop_set = self.stop_sets[r.stop_ids]
-            ends = (size, size, size + p.min_tokens, size + r.limit)
-            integers.append((r.slot, 0, *ends, stop_set, r.seed, p.top_k))
+        seen = torch.zeros(
+            len(new), self.model.config.vocab_size if self.penalised else 0, dtype=torch.bool
+        )
+        for i, r in enumerate(new):
+            p = r.params
+            integers.append((0, len(r.prompt), r.seed, p.top_k))
             penalties = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
             floats.append((p.temperature, p.top_p, p.min_p, *penalties))
             tables.append(r.blocks + [-1] * (self.max_blocks - len(r.blocks)))
             if self.penalised:
-                self.seen[r.slot], self.counts[r.slot] = False, 0
-                self.seen[r.slot, r.prompt] = True
-        to = self.device
-        added = _Rows(
-            *torch.tensor(integers).to(to).unbind(1),
-            torch.tensor(floats, dtype=torch.float32).to(to),
-            torch.tensor(tables, dtype=torch.int32).to(to),
-            torch.zeros(len(new), dtype=torch.int32, device=to),
+                seen[i, r.prompt] = True
+        seen = seen.to(self.device)
+        rows = _Rows(
+            *self._tensor(integers, torch.int64).unbind(1),
+            self._tensor(floats, torch.float32),
+            self._tensor(tables, torch.int32),
+            self._tensor([0] * len(new), torch.int32),
+            seen,
+            torch.zeros_like(seen, dtype=torch.int32),
         )
-        tokens = torch.tensor([id for r in new for id in r.prompt]).to(to)
+        tokens = self._tensor([id for r in new for id in r.prompt], torch.int64)
         lengths = [1] * len(self.running) + [len(r.prompt) for r in new]
         if self.running:
             tokens = torch.cat((self.rows.token, tokens))
-            added = _Rows(*map(torch.cat, zip(self.rows, added, strict=True)))
-        self.rows = added
+            rows = _Rows(*map(torch.cat, zip(self.rows, rows, strict=True)))
+        self.rows = rows
         self.running += new
-        return tokens, torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(to)
+        return tokens, self._tensor([0, *accumulate(lengths)], torch.int32)
 
-    def _leave(self, done: Tensor, ended: Tensor) -> None:
-        """Completes the rows that are done, frees what they held and keeps the others."""
-        rows, keep = self.rows, (~done).nonzero()[:, 0]
-        leaving = done.nonzero()[:, 0]
-        slots = rows.slot[leaving]
-        columns = zip(
-            leaving.tolist(),
-            (rows.position - rows.begin)[leaving].tolist(),
-            ended[leaving].tolist(),
-            self.sampled[slots].tolist(),
-            *self.logprobs[:, slots].tolist(),
-            strict=True,
-        )
-        for i, length, stopped, *records in columns:
-            request = self.running[i]
-            ids, raw, drawn = (record[:length] for record in records)
-            text = request.text.finish() if request.text else self.tokenizer.decode(ids)
-            reason = "stop" if stopped else "length"
-            request.completion = Completion(ids, raw, drawn, reason, text)
-            self.pages.give_back(request.blocks)
-            self.free_slots.append(request.slot)
-        self.rows = _Rows(*(column[keep] for column in rows))
-        self.running = [self.running[i] for i in keep.tolist()]
+    def _tensor(self, values: Sequence, dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(self.device)
 
 
 @torch.no_grad()

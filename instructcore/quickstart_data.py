@@ -28,7 +28,7 @@ import re
 import select
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -285,16 +285,14 @@ class _Maker:
         self.pick = self.random.choice
         self.held_out = held_out
 
-    def fact(self, kind: str, **given: str) -> Fact:
-        """A composed fact, with the given words in it."""
+    def fact(self, kind: str = "", **given: str) -> Fact:
+        """A composed fact, of this kind or any, with the given words in it."""
+        kind = kind or self.pick(COMPOSED)
         slots = world().texts["facts"][kind]["slots"]
         while True:
             fact = (kind, *(given.get(s) or self.pick(tuple(world().words[s])) for s in slots))
             if held_out(fact) == self.held_out:
                 return fact
-
-    def any_fact(self) -> Fact:
-        return self.fact(self.pick(COMPOSED))
 
     def task(self, family: str, language: str) -> tuple[str, dict]:
         """A prompt, and its task: family, language, held_out, what it is made of, the answer."""
@@ -338,7 +336,7 @@ class _Maker:
         return start + world().texts["then"][language].join(said), [program], _source(program)
 
     def _translation(self, language: str) -> tuple[str, list, list]:
-        fact = self.any_fact()
+        fact = self.fact()
         return world().say(fact, language), [fact], [[fact]]
 
     def _chat(self, language: str) -> tuple[str, list, list]:
@@ -407,9 +405,9 @@ class _Maker:
         there, isa, (trait, _) = self._article(language)[2]
         slots = _slots(there[0])
         holds = self.fact("holds", adjective=slots["adjective"], noun=slots["noun"])
-        song = [world().say(self.any_fact(), language) for _ in range(2)]
+        song = [world().say(self.fact(), language) for _ in range(2)]
         story, _, summary = self._summary(language)
-        phrases = [self.any_fact() for _ in range(3)]
+        phrases = [self.fact() for _ in range(3)]
         pairs = [[world().say(f, said) for said in (language, _other(language))] for f in phrases]
         question, _, answer = self._chat(language)
         steps, _, program = self._code(language)
@@ -541,18 +539,10 @@ def _vocabulary() -> list[dict]:
     for kind, forms in world().words.items():
         for form in forms.values():
             words += [form["zh"], " " + form["en"], *[form["en"]] * (kind == "name")]
-    parts = [part for text in _strings(world().texts) for part in re.split(r"\{\w+\}", text)]
+    texts = re.findall(r'"([^"]+)"', (STATIC / "world.json").read_text(encoding="utf-8"))
+    parts = [part for text in texts for part in re.split(r"\{\w+\}", text)]
     parts += ["def f(x, y): return max(x, y) + 2", "def f(x, y): return (min(y, x) - 3) * 4"]
     told = [s for texts in world().articles.values() for told in texts.values() for s in told]
     told += [title for titles in world().titles.values() for title in titles.values()]
     texts = 40 * ["\n".join(words)] + 10 * ["\n".join(parts)] + 4 * ["\n".join(told)]
     return [{"text": text} for text in texts]
-
-
-def _strings(node: Any) -> Iterator[str]:
-    """All strings of a JSON value, without the keys."""
-    if isinstance(node, str):
-        yield node
-    elif isinstance(node, (list, dict)):
-        for child in node.values() if isinstance(node, dict) else node:
-            yield from _strings(child)
