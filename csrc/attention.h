@@ -33,8 +33,8 @@ struct AttentionPages {
   const int32_t* block_table;    // (B, table_row): the blocks of each sequence; null: no pages
   const int32_t* cache_seqlens;  // (B,): tokens held before the append
   int64_t table_row, block_size, k_block, v_block;  // strides of a block, in elements
-  AttentionTensor k_new,
-      v_new;               // (N, K, D) of q's dtype, aligned with q; null data: nothing to append
+  // What to append, (N, K, D) of q's dtype and aligned with q; null data: nothing.
+  AttentionTensor k_new, v_new;
   const float *cos, *sin;  // (positions, D / 2): turn q and k_new; null: as they are
   bool interleaved;        // pairs are (2i, 2i + 1), not (i, i + D / 2)
 };
@@ -63,8 +63,8 @@ struct AttentionBackwardArgs {
   AttentionTensor grad_out, grad_q, grad_k, grad_v;
   const float* grad_lse;  // like lse; null: 0
   float* grad_sinks;      // (H,); null: not wanted
-  // Where a sequence has more than plan.keys keys: its queries' gradient summed over blocks of
-  // keys, (queries of all sequences, H, padded dim), and a zeroed counter for each block of query
+  // Where a sequence has more than plan.back_keys keys: the gradient of q over the blocks of keys
+  // so far, (queries of all sequences, H, padded dim), and a zeroed counter per block of query
   // rows.
   float* sums;
   int32_t* turns;

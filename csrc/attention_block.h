@@ -90,13 +90,13 @@ IC_INLINE Vec where_seen(int64_t v, int64_t a, int64_t z, Vec x, Vec other) {
 // ---- rows of a tensor ----
 
 struct Rows {
-  const char* base;
+  char* base;
   int64_t token, head;  // strides in bytes
   int64_t group;        // rows of one token: its query heads
   const int32_t* table = nullptr;
   int64_t block_size = 0, block = 0;
 
-  const char* at(int64_t row) const {
+  char* at(int64_t row) const {
     if (table) return base + table[row / block_size] * block + row % block_size * token;
     if (group == 1) return base + row * token;
     return base + row / group * token + row % group * head;
@@ -108,13 +108,13 @@ IC_INLINE int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 
 Rows query_rows(const AttentionTensor& t, Dtype dtype, const Sequence& s, int64_t kv_head) {
   const int64_t size = bytes_of(dtype);
   const int64_t first = s.index * t.batch + s.first_query * t.token + kv_head * s.group * t.head;
-  return {static_cast<const char*>(t.data) + first * size, t.token * size, t.head * size, s.group};
+  return {static_cast<char*>(t.data) + first * size, t.token * size, t.head * size, s.group};
 }
 
 Rows key_rows(const AttentionArgs& a, const AttentionTensor& t, const Sequence& s,
               int64_t kv_head) {
   const int64_t size = bytes_of(a.kv_dtype);
-  const char* base = static_cast<const char*>(t.data) + kv_head * t.head * size;
+  char* base = static_cast<char*>(t.data) + kv_head * t.head * size;
   if (a.pages.block_table) {
     const int64_t block = &t == &a.k ? a.pages.k_block : a.pages.v_block;
     return {base,
@@ -213,15 +213,14 @@ IC_INLINE void store_row_of(const float* from, int64_t dim, float factor, char* 
   }
 }
 
-void store_row(Dtype dtype, const float* from, int64_t dim, float factor, const char* to) {
-  char* target = const_cast<char*>(to);
+void store_row(Dtype dtype, const float* from, int64_t dim, float factor, char* to) {
   switch (dtype) {
     case Dtype::kBFloat16:
-      return store_row_of<BFloat16>(from, dim, factor, target);
+      return store_row_of<BFloat16>(from, dim, factor, to);
     case Dtype::kFloat16:
-      return store_row_of<Float16>(from, dim, factor, target);
+      return store_row_of<Float16>(from, dim, factor, to);
     default:
-      return store_row_of<float>(from, dim, factor, target);
+      return store_row_of<float>(from, dim, factor, to);
   }
 }
 

@@ -209,7 +209,7 @@ Rows new_rows(const AttentionArgs& a, const AttentionTensor& t, const Sequence& 
               int64_t kv_head) {
   const int64_t size = bytes_of(a.dtype);
   const int64_t first = s.first_query * t.token + kv_head * t.head;
-  return {static_cast<const char*>(t.data) + first * size, t.token * size, 0, 1};
+  return {static_cast<char*>(t.data) + first * size, t.token * size, 0, 1};
 }
 
 // The key and value of a sequence's t-th new token go into the cache.

@@ -266,13 +266,14 @@ def _allocate(
 class _Scratch(threading.local):
     """The calling thread's workspace, kept: fresh pages would cost more than a short call."""
 
-    tensor = torch.empty(0)
+    tensor = torch.empty(0, device="cpu")
 
     def take(self, floats: int) -> tuple[Tensor, int]:
         """(workspace, threads) for `floats` per thread and a flag each."""
         threads = torch.get_num_threads()
         if self.tensor.numel() < threads * (floats + 1):
-            self.tensor = torch.empty(threads * (floats + 1), dtype=torch.float32)
+            size = threads * (floats + 1)
+            self.tensor = torch.empty(size, dtype=torch.float32, device="cpu")
         return self.tensor, threads
 
 
