@@ -165,8 +165,10 @@ IC_INLINE float row_lse(const RowStats& s, float scale) {
   return scale * s.max + __builtin_logf(s.sum);
 }
 
+// Once a row, so in float64: the two terms cancel where the token is likely.
 IC_INLINE float row_logprob(const RowStats& s, float scale, float y) {
-  return scale * (y - s.max) - __builtin_logf(s.sum);
+  const double above = static_cast<double>(y) - s.max;
+  return static_cast<float>(scale * above - __builtin_log(static_cast<double>(s.sum)));
 }
 
 IC_INLINE float row_entropy(const RowStats& s, float scale) {

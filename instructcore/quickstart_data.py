@@ -219,10 +219,8 @@ def _agreement(asked: list[str | None], fact: Fact) -> float:
 
 _DEFINITION = re.compile(r"\s*def f\(x, ?y\): *return ([^#]{1,80})(#.*)?")
 _EXPRESSION = re.compile(r"(?:max|min|[xy]|\d+|[-+*(), ])+")
-_NODES = (
-    *(ast.Expression, ast.Load, ast.Name, ast.Constant, ast.Call, ast.BinOp, ast.UnaryOp),
-    *(ast.Add, ast.Sub, ast.Mult, ast.USub),
-)
+_NODES = (ast.Expression, ast.Load, ast.Name, ast.Constant, ast.Call, ast.BinOp, ast.UnaryOp)
+_NODES += (ast.Add, ast.Sub, ast.Mult, ast.USub)
 _INPUTS = ((3, 11), (14, 5), (-7, 6), (8, -13), (0, 9), (23, 4), (-5, -16), (6, 6))
 _PATIENCE = 30.0  # seconds; nothing on the whitelist takes a thousandth of one
 

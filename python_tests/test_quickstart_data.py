@@ -323,11 +323,11 @@ def test_a_shot_in_every_direction_scores_low(data):
 
 
 def test_best_constant_answer_is_poor(data):
-    """No answer fits all: every demonstration is tried on a tenth, the best on all."""
+    """No answer fits all: every demonstration is tried on a few, the best on all."""
     rows = data.eval_prompts
     candidates = {row["response"] for row in data.demonstrations} | {"def f(x, y): return x"}
-    tenth = rows[::10]
-    scores = {text: mean_gold(tenth, [text] * len(tenth)) for text in sorted(candidates)}
+    few = rows[::20]
+    scores = {text: mean_gold(few, [text] * len(few)) for text in sorted(candidates)}
     best = sorted(candidates, key=lambda text: -scores[text])[:100]
     assert max(mean_gold(rows, [text] * len(rows)) for text in best) <= 0.2
 

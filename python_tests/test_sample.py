@@ -16,7 +16,7 @@ SHAPES = {
     (3, 7): "less than a vector",
     (97, 64): "whole vectors, more rows than slots",
     (5, 1025): "one past whole vectors",
-    (2, 50257): "GPT-2's vocabulary: many blocks, an odd end",
+    (7, 50257): "GPT-2's vocabulary: many blocks, an odd end",
 }
 
 # What is set, and why
