@@ -347,6 +347,21 @@ IC_INLINE Vec load_partial(const float* from, int n, float fill) {
 IC_INLINE void store_partial(float* to, Vec a, int n) {
   _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << n) - 1), (__m512)a.part[0]);
 }
+IC_INLINE Vec load_partial(const BFloat16* from, int n, float fill) {
+  const __mmask16 first = static_cast<__mmask16>((1u << n) - 1);
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first, from));
+  Vec r;
+  r.part[0] = (NativeFloat)_mm512_mask_blend_ps(first, _mm512_set1_ps(fill),
+                                                (__m512)_mm512_slli_epi32(wide, 16));
+  return r;
+}
+IC_INLINE Vec load_partial(const Float16* from, int n, float fill) {
+  const __mmask16 first = static_cast<__mmask16>((1u << n) - 1);
+  const __m512 wide = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first, from));
+  Vec r;
+  r.part[0] = (NativeFloat)_mm512_mask_blend_ps(first, _mm512_set1_ps(fill), wide);
+  return r;
+}
 #endif
 
 // Writes the lanes that the mask has, next to each other, and returns their number. All 16 elements

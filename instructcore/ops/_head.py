@@ -13,6 +13,11 @@ WORKSPACE_BYTES = 64 << 20
 SLAB_BYTES = 4 << 20  # of a 16-bit weight as float32, at a time
 
 
+def cut(tensor: Tensor, part: slice) -> Tensor:
+    """tensor[part], the tensor itself where that is all of it: a view costs a microsecond."""
+    return tensor if part.stop - part.start == tensor.shape[0] else tensor[part]
+
+
 class Head:
     """float32 logits of hidden (N, C) with weight (V, C), and the gradients back through them.
 
@@ -64,8 +69,9 @@ class Head:
             n = min(self.step, self.rows - first)
             rows = slice(first, first + n)
             self.input = self._rows_of(self.hidden, rows)
-            self._project(self.logits[:n])
-            yield rows, self.logits[:n], self.slopes[:n]
+            logits = cut(self.logits, slice(0, n))
+            self._project(logits)
+            yield rows, logits, cut(self.slopes, slice(0, n))
 
     def back(self, rows: slice, slopes: Tensor) -> None:
         """Adds what the chunk just yielded gives to the gradients."""
@@ -75,7 +81,7 @@ class Head:
         if self.grad_weight is not None:
             inputs = self.input if self.low else self.input.float()
             for part in self._slabs():
-                to, by = self.grad_weight[part], slopes[:, part].t()
+                to, by = cut(self.grad_weight, part), self._columns(slopes, part).t()
                 if self.low:
                     product = torch.mm(by, inputs)
                     to.add_(product) if keep else to.copy_(product)
@@ -86,31 +92,35 @@ class Head:
             self.grad_bias.add_(total) if keep else self.grad_bias.copy_(total)
 
     def _rows_of(self, tensor: Tensor, rows: slice) -> Tensor:
-        return tensor[rows] if self.index is None else tensor.index_select(0, self.index[rows])
+        return cut(tensor, rows) if self.index is None else tensor[cut(self.index, rows)]
 
     def _slabs(self) -> Iterator[slice]:
         vocab = self.weight.shape[0]
         return (slice(v, min(v + self.slab, vocab)) for v in range(0, vocab, self.slab))
 
+    def _columns(self, tensor: Tensor, part: slice) -> Tensor:
+        return tensor if self.slab == tensor.shape[1] else tensor[:, part]
+
     def _project(self, logits: Tensor) -> None:
         inputs = self.input.float()
         for part in self._slabs():
-            weight = self.weight[part].float().t()
+            weight = cut(self.weight, part).float().t()
             if self.bias is None:
-                torch.mm(inputs, weight, out=logits[:, part])
+                torch.mm(inputs, weight, out=self._columns(logits, part))
             else:
-                torch.addmm(self.bias[part], inputs, weight, out=logits[:, part])
+                out = self._columns(logits, part)
+                torch.addmm(cut(self.bias, part), inputs, weight, out=out)
 
     def _back_hidden(self, rows: slice, slopes: Tensor) -> None:
-        out = self.grad_hidden[rows]
+        out = cut(self.grad_hidden, rows)
         if self.index is not None:
             out = torch.empty_like(out)
         if self.low:
             torch.mm(slopes, self.weight, out=out)
         else:
             for part in self._slabs():
-                weight = self.weight[part].float()
-                torch.addmm(out, slopes[:, part], weight, beta=int(part.start > 0), out=out)
+                weight, columns = cut(self.weight, part).float(), self._columns(slopes, part)
+                torch.addmm(out, columns, weight, beta=int(part.start > 0), out=out)
         if self.index is not None:
             self.grad_hidden.index_copy_(0, self.index[rows], out)
 
@@ -171,4 +181,12 @@ def live_rows(live: int, targets: Tensor, mask: Tensor | None, ignore_index: int
     return (kept if mask is None else kept & mask).nonzero()[:, 0]
 
 
-__all__ = ["WORKSPACE_BYTES", "Head", "allocate_gradients", "check_head", "live_rows", "needed"]
+__all__ = [
+    "WORKSPACE_BYTES",
+    "Head",
+    "allocate_gradients",
+    "check_head",
+    "cut",
+    "live_rows",
+    "needed",
+]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._common import _C, check_device, check_dtype, check_shape, plain_float, register
-from ._head import WORKSPACE_BYTES, Head, allocate_gradients, check_head, live_rows, needed
+from ._head import WORKSPACE_BYTES, Head, allocate_gradients, check_head, cut, live_rows, needed
 from .cross_entropy import check_settings, cross_entropy_reference, reduction_index, scaled
 
 
@@ -105,8 +105,8 @@ def _run(
     gradient, threads = any(needs), torch.get_num_threads()
     for rows, logits, slopes in head.chunks():
         _C.cross_entropy(
-            *(logits, targets[rows], class_weight, total),
-            *(None if grad_output is None else grad_output[rows], losses[rows], None),
+            *(logits, cut(targets, rows), class_weight, total),
+            *(None if grad_output is None else cut(grad_output, rows), cut(losses, rows), None),
             *(slopes if gradient else None, ignore_index, label_smoothing, z_loss, softcap),
             threads,
         )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._common import _C, check_device, check_dtype, check_shape, plain_float, register
-from ._head import WORKSPACE_BYTES, Head, allocate_gradients, check_head, live_rows, needed
+from ._head import WORKSPACE_BYTES, Head, allocate_gradients, check_head, cut, live_rows, needed
 from .token_logprobs import (
     TokenLogprobs,
     check_temperature,
@@ -59,9 +59,11 @@ class _Rows:
         return x if x is None or self.index is None else x[self.index]
 
     def at(self, rows: slice) -> tuple[Tensor, Tensor | None, Tensor]:
-        mask = None if self.mask is None else self.mask[rows]
-        temperature = self.temperature[rows] if self.temperature.ndim else self.temperature
-        return self.targets[rows], mask, temperature
+        mask = None if self.mask is None else cut(self.mask, rows)
+        temperature = self.temperature
+        if temperature.ndim:
+            temperature = cut(temperature, rows)
+        return cut(self.targets, rows), mask, temperature
 
 
 def _allocate(
@@ -118,8 +120,13 @@ def _run(
     logprobs, spread, lse, top1, stats = found
     for rows, logits, _ in head.chunks():
         _C.token_logprobs(
-            *(logits, *per_row.at(rows), logprobs[rows], spread[rows] if entropy else None),
-            *(lse[rows], top1[rows], stats[rows], ignore_index, threads),
+            *(
+                logits,
+                *per_row.at(rows),
+                cut(logprobs, rows),
+                cut(spread, rows) if entropy else None,
+            ),
+            *(cut(lse, rows), cut(top1, rows), cut(stats, rows), ignore_index, threads),
         )
     if per_row.index is not None:
         for to, by in zip(outputs, found, strict=True):
@@ -181,8 +188,13 @@ def _run_backward(
     stats, threads = per_row.pick(stats), torch.get_num_threads()
     for rows, logits, slopes in head.chunks():
         _C.token_logprobs_backward(
-            *(None if g is None else g[rows] for g in grads),
-            *(logits, *per_row.at(rows), None if entropy is None else entropy[rows], stats[rows]),
+            *(None if g is None else cut(g, rows) for g in grads),
+            *(
+                logits,
+                *per_row.at(rows),
+                None if entropy is None else cut(entropy, rows),
+                cut(stats, rows),
+            ),
             *(slopes, ignore_index, threads),
         )
         head.back(rows, slopes)
