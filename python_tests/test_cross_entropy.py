@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from tolerance import assert_close, assert_same_bits
 
+from instructcore import _C
 from instructcore.ops import cross_entropy, cross_entropy_reference
 
 # (N, V) and why
@@ -170,6 +171,20 @@ def test_deterministic(device, dtype, threads):
     if targets[7] >= 0:
         assert_same_bits(alone[0], whole[0][7])
         assert_same_bits(alone[1][0], whole[1][7])
+
+
+def test_same_bits_on_every_level_with_fma(dtype):
+    logits, targets = inputs((9, 5003), dtype)
+    best, results = _C.build_info()["isa"], []
+    for level in _C.isa_levels()[1:]:
+        _C.set_isa(level)
+        results.append(
+            gradient(cross_entropy, logits, targets, softcap=9.0, label_smoothing=0.1, z_loss=1e-3)
+        )
+    _C.set_isa(best)
+    for other in results[1:]:
+        for a, b in zip(other, results[0], strict=True):
+            assert_same_bits(a, b)
 
 
 def test_identities(device):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tolerance import assert_close, assert_same_bits
 
+from instructcore import _C
 from instructcore.ops import token_logprobs, token_logprobs_reference
 
 # (N, V) and why
@@ -156,6 +157,24 @@ def test_deterministic(device, dtype, threads):
     every = token_logprobs(logits, targets, temperature=temperature)
     assert_same_bits(one.logprobs, every.logprobs[7:8])
     assert_same_bits(one.lse, every.lse[7:8])
+
+
+def test_same_bits_on_every_level_with_fma(dtype):
+    logits, targets, _, temperature = inputs((9, 5003), dtype)
+    upstream = torch.randn(2, 9)
+    best, results = _C.build_info()["isa"], []
+    for level in _C.isa_levels()[1:]:
+        _C.set_isa(level)
+        results.append(
+            (
+                *token_logprobs(logits, targets, temperature=temperature),
+                gradient(token_logprobs, logits, targets, upstream, temperature=temperature),
+            )
+        )
+    _C.set_isa(best)
+    for other in results[1:]:
+        for a, b in zip(other, results[0], strict=True):
+            assert_same_bits(a, b)
 
 
 def test_identities(device):
