@@ -34,7 +34,7 @@ def cases(device: str) -> Iterator[Case]:
         variants = {
             "ours": lambda run=run, rest=rest: run(ppo_loss, rest=rest),
             "torch": lambda run=run, rest=rest: run(ppo_loss_reference, rest=rest),
-            "torch.compile": lambda run=run, rest=rest: run(compiled, rest=rest),
+            "torch.compile": lambda run=run, f=compiled, rest=rest: run(f, rest=rest),
         }
         # read 6 floats and a byte, write 2 gradients: 33 bytes a token
         yield Case(f"{rows} x {steps}", "float32", "fwd+bwd", variants, bytes=33.0 * rows * steps)

@@ -446,7 +446,11 @@ class TokenStream:
 
     @classmethod
     def build(
-        cls, paths: Paths, tokenizer: Tokenizer, directory: str | Path, val_fraction: float,
+        cls,
+        paths: Paths,
+        tokenizer: Tokenizer,
+        directory: str | Path,
+        val_fraction: float,
         progress: Progress = lambda done, total: None,
     ) -> tuple[TokenStream, TokenStream]:
         """(training, held-out) tokens of text files of any size, tokenised once.
@@ -558,7 +562,11 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _tokenise(
-    paths: Sequence[Path], tokenizer: Tokenizer, directory: Path, dtype: type, val_fraction: float,
+    paths: Sequence[Path],
+    tokenizer: Tokenizer,
+    directory: Path,
+    dtype: type,
+    val_fraction: float,
     progress: Progress,
 ) -> None:
     """Writes train, train.starts, val and val.starts; each input passes through a file of its own,

@@ -57,9 +57,7 @@ class ModelConfig:
     tie_head: bool = option(True, "the output matrix is the token embedding")
     rope_theta: float = option(10000.0, "base of the rotary frequencies", range="(0, inf)")
     norm_eps: float = option(1e-5, "added to the variance in norms", range="(0, inf)")
-    dropout: float = option(
-        0.0, "residual dropout while training", paper="SFT 0.2", range="[0, 1)"
-    )
+    dropout: float = option(0.0, "residual dropout while training", paper="SFT 0.2", range="[0, 1)")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -268,9 +266,7 @@ class GPT(nn.Module):
         if not is_gpt2:
             # float32 in transformers' order of operations, so that all angles are equal to theirs.
             steps = torch.arange(0, config.head_dim, 2).float() / config.head_dim
-            angles = torch.outer(
-                torch.arange(config.context).float(), 1 / config.rope_theta**steps
-            )
+            angles = torch.outer(torch.arange(config.context).float(), 1 / config.rope_theta**steps)
             self.register_buffer("cos", angles.cos(), persistent=False)
             self.register_buffer("sin", angles.sin(), persistent=False)
         if initialise:

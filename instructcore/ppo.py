@@ -107,7 +107,8 @@ class PPOConfig:
     )
     kl_horizon: float = option(1e4, "how slowly β adapts", unit="episodes", range="(0, inf)")
     missing_eos: str = option(
-        "subtract", "unended responses: penalty off the score, or -penalty for a score",
+        "subtract",
+        "unended responses: penalty off the score, or -penalty for a score",
         choices=("none", "subtract", "replace"),
     )
     missing_eos_penalty: float = option(1.0, "that penalty", range="[0, inf)")

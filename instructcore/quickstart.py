@@ -21,17 +21,18 @@ import torch
 
 from . import __version__, evaluate, ppo, pretrain, quickstart_data, reward, sft
 from .config import OptimConfig, RunConfig, check, check_options, option
-from .data import Prompt, read_comparisons, read_prompts
+from .data import Prompt, read_comparisons, read_documents, read_prompts
 from .evaluate import Sample, bootstrap_interval, mean_kl, paired_bootstrap, sample_responses, wins
 from .generate import SamplingParams
 from .model import ModelConfig, load
 from .tokenizer import Tokenizer
-from .train import choose_device, mix, newest_checkpoint, checkpoints_of
+from .train import checkpoints_of, choose_device, mix, newest_checkpoint
 
 TIE = 0.05  # gold rewards nearer than this are a tie to the labeller
 CLEAR = 0.5  # pairs that any labeller would order alike
 RESPONSES = 4  # K, ranked per prompt
-MAX_TOKENS = 64  # of a response
+MAX_TOKENS = 48  # of a response
+VOCABULARY = 2048
 COMPARISON, EVALUATION, CURVE = 101, 102, 103  # streams of randomness
 STAGES = ("base", "sft", "ppo")
 
@@ -69,10 +70,9 @@ def recipe(out: Path, data: dict[str, Path], config: QuickstartConfig) -> Recipe
     return Recipe(
         pretrain.PretrainConfig(
             data=text,
-            tokenizer="bpe",
-            vocab_size=1024,
+            tokenizer=str(out / "data" / "tokenizer"),
             val_fraction=0.05,
-            steps=900,
+            steps=500,
             batch=16,
             model=ModelConfig(layers=3, heads=4, width=128, context=1024),
             optim=OptimConfig(lr=4e-3, warmup=0.05),
@@ -91,9 +91,9 @@ def recipe(out: Path, data: dict[str, Path], config: QuickstartConfig) -> Recipe
             init=str(out / "sft"),
             data=(str(out / "data" / "comparisons.jsonl"),),
             val_fraction=0.15,
-            epochs=3,
+            epochs=2,
             batch=16,
-            optim=OptimConfig(lr=5e-4, warmup=0.05),
+            optim=OptimConfig(lr=1e-3, warmup=0.05),
             run=run("reward", save_every=0),
         ),
         ppo.PPOConfig(
@@ -104,8 +104,10 @@ def recipe(out: Path, data: dict[str, Path], config: QuickstartConfig) -> Recipe
             batch=128,
             minibatch=32,
             max_tokens=MAX_TOKENS,
-            kl_coef=0.05,
+            kl_coef=0.03,
             pretrain_data=text,
+            optim=OptimConfig(lr=3e-4, schedule="constant", warmup=5, eps=1e-5, weight_decay=0.0),
+            critic_lr=6e-4,
             run=run("ppo", save_every=7, keep=100),
         ),
     )
@@ -132,6 +134,8 @@ def run(config: QuickstartConfig) -> Path:
         data = quickstart_data.write(out / "data", config.seed)
         for path in data.values():
             print(f"{path}: {sum(1 for _ in path.open(encoding='utf-8'))} lines")
+        words = read_documents([data["vocabulary"]])
+        Tokenizer.train(words, VOCABULARY).save(out / "data" / "tokenizer")
     plan = recipe(out, data, config)
     with stage("pretrain", "Stage 1: pre-training on raw text"):
         pretrain.run(plan.pretrain)

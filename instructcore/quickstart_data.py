@@ -463,7 +463,7 @@ def build(seed: int = 0) -> QuickstartData:
         vocabulary=_vocabulary(),
         pretrain=_pretrain(_Maker(f"{seed}/pretrain", held_out=False)),
         demonstrations=_demonstrations(_Maker(f"{seed}/demonstrations", held_out=False)),
-        preference_prompts=_prompts(_Maker(f"{seed}/preferences", held_out=False), 85, titles=1),
+        preference_prompts=_prompts(_Maker(f"{seed}/preferences", held_out=False), 230, titles=1),
         ppo_prompts=_prompts(_Maker(f"{seed}/ppo", held_out=False), 200, titles=1),
         eval_prompts=_prompts(_Maker(f"{seed}/evaluation", held_out=True), 52),
         samples=_samples(_Maker(f"{seed}/samples", held_out=True)),

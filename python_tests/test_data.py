@@ -386,9 +386,10 @@ def test_split_of_a_text(write, tmp_path):
     content = np.random.default_rng(0).integers(32, 127, 1_115_394).astype(np.uint8).tobytes()
     train, val = TokenStream.build(write("t.txt", content), BYTES, tmp_path / "tokens", 0.1)
     assert len(train) == int(1_115_394 * 0.9) == 1_003_854 and len(val) == 111_540
-    assert train.tokens.tobytes() + val.tokens.tobytes() == np.frombuffer(
-        content, np.uint8
-    ).astype(np.uint16).tobytes()
+    assert (
+        train.tokens.tobytes() + val.tokens.tobytes()
+        == np.frombuffer(content, np.uint8).astype(np.uint16).tobytes()
+    )
     assert train.starts.tolist() == val.starts.tolist() == [0]
 
 

@@ -47,17 +47,32 @@ def theirs(family: str, tied: bool):
     torch.manual_seed(1)
     if family == "gpt2":
         config = hf.GPT2Config(
-            vocab_size=131, n_positions=96, n_embd=64, n_layer=2, n_head=4,
-            tie_word_embeddings=tied, initializer_range=0.2, bos_token_id=1, eos_token_id=2,
+            vocab_size=131,
+            n_positions=96,
+            n_embd=64,
+            n_layer=2,
+            n_head=4,
+            tie_word_embeddings=tied,
+            initializer_range=0.2,
+            bos_token_id=1,
+            eos_token_id=2,
         )
         return hf.GPT2LMHeadModel(config).eval()
     name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
     config = getattr(hf, name + "Config")(
-        vocab_size=131, max_position_embeddings=96, hidden_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, intermediate_size=96,
-        tie_word_embeddings=tied, initializer_range=0.2,
+        vocab_size=131,
+        max_position_embeddings=96,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=96,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
         rope_parameters={"rope_type": "default", "rope_theta": 500.0},
-        bos_token_id=1, eos_token_id=[2, 3], pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=[2, 3],
+        pad_token_id=0,
         **({"head_dim": 24} if family == "qwen3" else {}),
     )
     model = getattr(hf, name + "ForCausalLM")(config).eval()
