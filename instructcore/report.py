@@ -29,11 +29,11 @@ PAGE = Template("""<!doctype html>
 <title>instructcore quickstart, seed $seed</title><style>$style</style></head><body>
 <h1>instructcore quickstart</h1>
 <p>A model of $parameters million parameters went from raw text to an assistant tuned by
-human-feedback methods in $seconds seconds (seed $seed). <b>It is a toy on synthetic tasks</b>: it
-shows that the recipe works, and is of no other use. A written rule, called gold below, stands in
-for the human labellers: it ranked the samples that the reward model learned from, and it grades
-this evaluation. PPO's reward was the learned reward model; the policy never saw the gold rule, and no
-held-out prompt or its content is in any training file.</p>
+human-feedback methods in $seconds seconds (seed $seed). <b>It is a toy on synthetic tasks</b>:
+it shows that the recipe works, and is of no other use. A written rule, called gold below,
+stands in for the human labellers: it ranked the samples that the reward model learned from, and
+it grades this evaluation. PPO's reward was the learned reward model; the policy never saw the
+gold rule, and no held-out prompt or its content is in any training file.</p>
 <h2>Gold reward on $n_eval held-out prompts</h2>
 <p class="note">From 0 to 1; mean with 95 % bootstrap interval over prompts; responses sampled at
 temperature 1.</p>
