@@ -129,7 +129,9 @@ class PPOConfig:
     export_ema: bool = option(False, "final/ is the averaged policy", paper="yes")
 
     pretrain_data: tuple[str, ...] = option((), "text for the pre-training mix (PPO-ptx)")
-    ptx_coef: float = option(1.0, "weight of its loss per token", paper="27.8", range="[0, inf)")
+    ptx_coef: float = option(  # at 1 its gradient drowns the policy's in a model of this size
+        0.03, "weight of its loss per token", paper="27.8", range="[0, inf)"
+    )
     ptx_batch: int = option(8, "its windows per update", paper="512", range="[1, inf)")
     ptx_context: int = option(128, "tokens of a window", paper="2048", range="[2, inf)")
     critic_lr: float = option(3e-4, "the critic's lr", paper="9e-6", range="(0, inf)")

@@ -153,10 +153,15 @@ def optimise(
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of `--device`: auto is a GPU if there is one."""
+    """The device of `--device`: auto is a GPU if there is one and the kernels to use it."""
+    from . import _C
+
+    kernels = _C.build_info()["cuda_ops"]
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    check(name != "cuda" or torch.cuda.is_available(), "--device cuda: torch finds no CUDA device")
+        return torch.device("cuda" if kernels and torch.cuda.is_available() else "cpu")
+    if name == "cuda":
+        check(kernels, "--device cuda: this build has no CUDA kernels")
+        check(torch.cuda.is_available(), "--device cuda: torch finds no CUDA device")
     return torch.device(name)
 
 
