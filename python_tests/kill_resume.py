@@ -11,7 +11,9 @@ import multiprocessing
 import os
 import random
 import sys
+import tempfile
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import torch
@@ -38,9 +40,20 @@ def _main(arguments: list[str], log: Path) -> None:
 
 def start(arguments: list[str], log: Path) -> multiprocessing.process.BaseProcess:
     """The command line in a process of its own, on one thread; its output goes to `log`."""
+    _ensure_server()
     process = CONTEXT.Process(target=_main, args=(arguments, log))
     process.start()
     return process
+
+
+def _ensure_server() -> None:
+    """The server looks for modules where it is started: not in a clone, whose sources lack _C."""
+    here = os.getcwd()
+    os.chdir(tempfile.gettempdir())
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.chdir(here)
 
 
 def finish(process: multiprocessing.process.BaseProcess, log: Path, timeout: float = 120.0) -> None:
