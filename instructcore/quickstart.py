@@ -307,6 +307,7 @@ def best_constant(prompts: Sequence[Prompt], data: dict[str, Path]) -> tuple[flo
 def clear_accuracy(out: Path, config: QuickstartConfig) -> float:
     """The reward model's share of right pairs on held-out prompts, where gold differs by CLEAR."""
     comparisons = read_comparisons([out / "data" / "comparisons.jsonl"])
+    comparisons = [c for c in comparisons if reward.pairs_of(c.ranks)]  # as the stage splits them
     plan = recipe(out, dict.fromkeys(("pretrain", "demonstrations", "ppo_prompts"), out), config)
     _, held_out = sft.split(comparisons, plan.reward.val_fraction, config.seed)
     path = newest_checkpoint(out / "reward")
