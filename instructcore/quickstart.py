@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import platform
+import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,6 +45,9 @@ class QuickstartConfig:
     out: str = option("", "directory of the run; default: runs/quickstart-<time>")
     seed: int = option(0, "seed of the data and of all stages", range="[0, inf)")
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    shuffle_labels: bool = option(
+        False, "control: each ranking at random, from which nothing can be learnt"
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -51,7 +55,7 @@ class QuickstartConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The work, fixed whatever the clock says: about 250 s on two cores."""
+    """The work, fixed whatever the clock says: about 220 s on two cores."""
 
     pretrain: pretrain.PretrainConfig
     sft: sft.SFTConfig
@@ -64,7 +68,7 @@ def recipe(out: Path, data: dict[str, Path], config: QuickstartConfig) -> Recipe
 
     def run(stage: str, **settings: Any) -> RunConfig:
         where = {"out": str(out / stage), "seed": config.seed, "device": config.device}
-        return RunConfig(**where, **settings)
+        return RunConfig(**where, dtype="float32", **settings)  # at this size as fast as bfloat16
 
     text = (str(data["pretrain"]),)
     return Recipe(
@@ -82,7 +86,7 @@ def recipe(out: Path, data: dict[str, Path], config: QuickstartConfig) -> Recipe
         sft.SFTConfig(
             init=str(out / "pretrain"),
             data=(str(data["demonstrations"]),),
-            epochs=3,
+            epochs=4,
             batch=32,
             optim=OptimConfig(lr=2e-3, warmup=0.03),
             run=run("sft", save_every=0),
@@ -100,7 +104,7 @@ def recipe(out: Path, data: dict[str, Path], config: QuickstartConfig) -> Recipe
             init=str(out / "sft"),
             reward=str(out / "reward"),
             prompts=(str(data["ppo_prompts"]),),
-            steps=35,
+            steps=40,
             batch=128,
             minibatch=32,
             max_tokens=MAX_TOKENS,
@@ -108,7 +112,7 @@ def recipe(out: Path, data: dict[str, Path], config: QuickstartConfig) -> Recipe
             pretrain_data=text,
             optim=OptimConfig(lr=2e-4, schedule="constant", warmup=5, eps=1e-5, weight_decay=0.0),
             critic_lr=6e-4,
-            run=run("ppo", save_every=7, keep=100),
+            run=run("ppo", save_every=8, keep=100),
         ),
     )
 
@@ -151,6 +155,7 @@ def run(config: QuickstartConfig) -> Path:
         found = assess(out, data, config)
     summary = {
         "seed": config.seed,
+        "shuffle_labels": config.shuffle_labels,
         "seconds": time.perf_counter() - begin,
         "seconds_by_stage": seconds,
         **found,
@@ -188,11 +193,13 @@ def compare(out: Path, prompts: Sequence[Prompt], config: QuickstartConfig) -> N
     params = SamplingParams(max_tokens=MAX_TOKENS, seed=mix(config.seed, COMPARISON))
     repeated = [prompt for prompt in prompts for _ in range(RESPONSES)]
     samples = sample_responses(model.eval(), tokenizer, repeated, params)
-    golds, untied = gold_of(samples), 0
+    golds, untied, control = gold_of(samples), 0, random.Random(config.seed)
     with (out / "data" / "comparisons.jsonl").open("w", encoding="utf-8") as file:
         for i, prompt in enumerate(prompts):
             part = slice(i * RESPONSES, (i + 1) * RESPONSES)
             ranks = rank(golds[part])
+            if config.shuffle_labels:
+                control.shuffle(ranks)
             untied += len(reward.pairs_of(ranks))
             row = {
                 "prompt": prompt.text,

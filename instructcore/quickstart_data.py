@@ -37,7 +37,7 @@ FAMILIES = ("article", "summary", "code", "chat", "translation")
 LANGUAGES = ("zh", "en")
 COMPOSED = ("does", "holds", "there")  # the kinds of fact of which one in ten is held out
 # What the demonstrations are like, and how often: only preferences tell good from bad.
-QUALITIES = {"right": 0.40, "filler": 0.25, "evasive": 0.12, "wrong": 0.08}
+QUALITIES = {"right": 0.40, "filler": 0.29, "evasive": 0.12, "wrong": 0.04}
 QUALITIES |= {"other language": 0.08, "rambling": 0.07}
 DIGITS = "23456789"
 STATIC = Path(__file__).parent / "static" / "quickstart"
@@ -327,7 +327,7 @@ class _Maker:
         program: Fact = ()
         while not program or held_out(program) != self.held_out:
             start, other = self.random.sample("xy", 2)
-            first = self.pick(operations), self.pick((other, *DIGITS))
+            first = self.pick(operations), other
             second = self.pick(operations), self.pick(("x", "y", *DIGITS))
             program = ("code", start, *first, *second)
         said = [world().texts["operations"][op][language].format(b=b) for op, b in (first, second)]
@@ -463,7 +463,7 @@ def build(seed: int = 0) -> QuickstartData:
         vocabulary=_vocabulary(),
         pretrain=_pretrain(_Maker(f"{seed}/pretrain", held_out=False)),
         demonstrations=_demonstrations(_Maker(f"{seed}/demonstrations", held_out=False)),
-        preference_prompts=_prompts(_Maker(f"{seed}/preferences", held_out=False), 230, titles=1),
+        preference_prompts=_prompts(_Maker(f"{seed}/preferences", held_out=False), 480, titles=1),
         ppo_prompts=_prompts(_Maker(f"{seed}/ppo", held_out=False), 200, titles=1),
         eval_prompts=_prompts(_Maker(f"{seed}/evaluation", held_out=True), 52),
         samples=_samples(_Maker(f"{seed}/samples", held_out=True)),
@@ -487,9 +487,13 @@ def _prompts(maker: _Maker, each: int, titles: int = 0) -> list[dict]:
     for family in FAMILIES:
         for language in LANGUAGES:
             goal = len(asked) + each
-            while len(asked) < goal:
+            for _ in range(100 * each):
+                if len(asked) == goal:
+                    break
                 prompt, task = maker.task(family, language)
                 asked.setdefault(prompt, task)
+            else:
+                raise ValueError(f"quickstart_data: fewer than {each} prompts of {family} exist")
     rows = list(asked.items())
     for _ in range(titles):
         rows += [maker.titled(t, language) for t in world().titles for language in LANGUAGES]
@@ -506,7 +510,7 @@ def _samples(maker: _Maker) -> list[dict]:
 
 
 def _demonstrations(maker: _Maker) -> list[dict]:
-    rows = _prompts(maker, 850, titles=6)
+    rows = _prompts(maker, 1200, titles=8)
     qualities = maker.random.choices(tuple(QUALITIES), tuple(QUALITIES.values()), k=len(rows))
     return [
         {**row, "response": maker.respond(row["task"], quality), "quality": quality}

@@ -152,9 +152,9 @@ def test_no_training_text_says_what_is_held_out(data):
                 found[kind] += 1
     assert min(found[kind] for kind in q.COMPOSED) > 3000
     programs = set(re.findall(r"return (.*)", text))
-    assert len(programs) > 1000
+    assert len(programs) > 400  # of the 2 x 5 x 5 x 10 that can be asked for
     held = {row["task"]["answer"] for row in data.eval_prompts if row["task"]["family"] == "code"}
-    assert len(held) > 80 and not held & programs
+    assert len(held) > 30 and not held & programs
 
 
 def test_one_in_ten_is_held_out():

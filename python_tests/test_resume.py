@@ -17,6 +17,8 @@ from toy_data import (
     write_text,
 )
 
+from instructcore.model import GPT, ModelConfig
+from instructcore.tokenizer import Tokenizer
 from instructcore.train import newest_checkpoint
 
 QUICK = "--save-every 3 --log-every 2 --device cpu --dtype float32".split()
@@ -46,6 +48,23 @@ def test_reward(tmp_path, kills):
     data, base = write_comparisons(tmp_path / "data.jsonl"), save_model(tmp_path / "base")
     arguments = ["reward", "--init", str(base), "--data", str(data), *"--epochs 3".split()]
     check_kills([*arguments, "--batch", "8", *QUICK], tmp_path, kills, seed=3)
+
+
+def test_ppo(tmp_path, kills):
+    """Policy, critic, their optimisers, the averages and the adaptive KL coefficient."""
+    text, prompts = write_text(tmp_path / "text.txt"), write_demonstrations(tmp_path / "p.jsonl")
+    model = GPT(ModelConfig(vocab_size=Tokenizer.bytes().vocab_size, context=32, layers=1, heads=2,
+                            width=16))  # fmt: skip
+    tokenizer = Tokenizer.bytes()
+    tokenizer.add_specials()
+    model.resize_vocab(tokenizer.vocab_size)
+    model.save(tmp_path / "init", tokenizer)
+    model.to_scalar_head().save(tmp_path / "reward", tokenizer)
+    arguments = ["ppo", "--init", str(tmp_path / "init"), "--reward", str(tmp_path / "reward")]
+    arguments += ["--prompts", str(prompts), "--pretrain-data", str(text)]
+    arguments += "--steps 12 --batch 8 --minibatch 4 --micro-batch 2 --inner-epochs 2".split()
+    arguments += "--max-tokens 6 --kl-target 0.5 --ptx-batch 2 --ptx-context 16".split()
+    check_kills([*arguments, *QUICK], tmp_path, kills, seed=4)
 
 
 def test_ctrl_c_in_a_real_process(tmp_path):
