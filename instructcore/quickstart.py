@@ -45,12 +45,14 @@ class QuickstartConfig:
     out: str = option("", "directory of the run; default: runs/quickstart-<time>")
     seed: int = option(0, "seed of the data and of all stages", range="[0, inf)")
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    resume: bool = option(False, "go on with a quickstart that was stopped, in --out")
     shuffle_labels: bool = option(
         False, "control: each ranking at random, from which nothing can be learnt"
     )
 
     def __post_init__(self) -> None:
         check_options(self)
+        check(bool(self.out) or not self.resume, "--resume needs --out, the run to go on with")
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,9 @@ def recipe(out: Path, data: dict[str, Path], config: QuickstartConfig) -> Recipe
     """The settings of the four stages; each writes into its own directory under `out`."""
 
     def run(stage: str, **settings: Any) -> RunConfig:
-        where = {"out": str(out / stage), "seed": config.seed, "device": config.device}
-        return RunConfig(**where, dtype="float32", **settings)  # at this size as fast as bfloat16
+        settings |= {"out": str(out / stage), "seed": config.seed, "resume": config.resume}
+        # float32: at this size it is as fast as bfloat16.
+        return RunConfig(**settings, device=config.device, dtype="float32")
 
     text = (str(data["pretrain"]),)
     return Recipe(
@@ -94,6 +97,7 @@ def recipe(out: Path, data: dict[str, Path], config: QuickstartConfig) -> Recipe
         reward.RewardConfig(
             init=str(out / "sft"),
             data=(str(out / "data" / "comparisons.jsonl"),),
+            demonstrations=(str(data["demonstrations"]),),
             val_fraction=0.15,
             epochs=2,
             batch=16,
@@ -120,10 +124,7 @@ def recipe(out: Path, data: dict[str, Path], config: QuickstartConfig) -> Recipe
 def run(config: QuickstartConfig) -> Path:
     """Runs everything; returns the directory, with summary.json and report.html in it."""
     out = Path(config.out or time.strftime("runs/quickstart-%Y%m%d-%H%M%S"))
-    check(
-        not out.exists() or (out.is_dir() and not any(out.iterdir())),
-        f"--out {out} is there already: choose another directory",
-    )
+    _open(out, config)
     begin, seconds = time.perf_counter(), dict[str, float]()
 
     @contextmanager
@@ -151,6 +152,9 @@ def run(config: QuickstartConfig) -> Path:
         reward.run(plan.reward)
     with stage("ppo", "Stage 3c: PPO against the reward model, with the pre-training mix"):
         ppo.run(plan.ppo)
+        critic = out / "ppo" / "critic"
+        if not critic.is_symlink():
+            critic.symlink_to(Path("final", "critic"))
     with stage("evaluation", "Evaluation: held-out prompts, each model at temperature 1"):
         found = assess(out, data, config)
     summary = {
@@ -173,6 +177,21 @@ def run(config: QuickstartConfig) -> Path:
     report.write(out, summary, shown)
     report.print_summary(summary, shown, out)
     return out
+
+
+def _open(out: Path, config: QuickstartConfig) -> None:
+    """A new directory, or with --resume that of a quickstart with the same settings."""
+    settings = {"seed": config.seed, "shuffle_labels": config.shuffle_labels}
+    path = out / "quickstart.json"
+    taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
+    if taken and config.resume:
+        check(path.is_file(), f"--out {out} holds no quickstart to resume")
+        before = json.loads(path.read_text(encoding="utf-8"))
+        check(settings == before, f"--resume goes on with the same settings, {before}")
+        return
+    check(not taken, f"--out {out} is there already: choose another directory, or --resume")
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
 
 
 # ---- The labeller

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +25,8 @@ from instructcore.config import (
     unflatten,
 )
 from instructcore.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,12 @@ def toy(monkeypatch):
 
 
 REQUIRED = ["CKPT", "--data", "x", "y", "--out", "o"]
+
+
+def test_import_from_the_root_of_a_clone():
+    """The sources there have no compiled module; the installed one serves them."""
+    code = "import instructcore.ops, instructcore; instructcore.pretrain, instructcore.load"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
 def test_flags_become_settings(toy):

@@ -6,8 +6,9 @@ import json
 from dataclasses import fields, replace
 
 import pytest
+from toy_data import files_of
 
-from instructcore import quickstart, quickstart_data
+from instructcore import ppo, quickstart, quickstart_data
 from instructcore.cli import main
 from instructcore.quickstart import QuickstartConfig
 from instructcore.train import is_complete
@@ -57,7 +58,7 @@ def test_every_stage_leaves_a_checkpoint(finished):
     for stage in ("pretrain", "sft", "reward", "ppo"):
         assert is_complete(finished / stage / "final")
         assert (finished / stage / "metrics.jsonl").read_text(encoding="utf-8")
-    assert (finished / "ppo" / "final" / "critic" / "model.safetensors").exists()
+    assert (finished / "ppo" / "critic" / "model.safetensors").exists()
 
 
 def test_summary_and_report(finished):
@@ -108,6 +109,27 @@ def test_same_seed_same_bits_and_shuffled_labels_differ(small, finished, tmp_pat
     ]
     assert ranks[0] != ranks[1]
     assert [sorted(r) for r in ranks[0]] == [sorted(r) for r in ranks[1]]
+
+
+def test_a_stopped_quickstart_resumes_to_the_same_bits(small, finished, tmp_path):
+    out, iteration = tmp_path / "stopped", ppo.PPO.iteration
+
+    def stopped_at_step_1(self, step):
+        if step == 1:
+            raise KeyboardInterrupt
+        return iteration(self, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo.PPO, "iteration", stopped_at_step_1)
+        with pytest.raises(KeyboardInterrupt):
+            quickstart.run(QuickstartConfig(out=str(out)))
+    assert not (out / "summary.json").exists()
+    quickstart.run(QuickstartConfig(out=str(out), resume=True))
+    for weights in ("sft/final/model.safetensors", "ppo/critic/model.safetensors"):
+        assert (out / weights).read_bytes() == (finished / weights).read_bytes()
+    before = files_of(out)
+    assert main(["quickstart", "--out", str(out), "--resume", "--seed", "5"]) == 2
+    assert files_of(out) == before
 
 
 def test_a_directory_in_use_is_refused(finished, capsys):
