@@ -179,8 +179,11 @@ def record(rows: list[dict], device: str) -> Path:
 
 def main() -> int:
     ops = sorted(path.stem[len("bench_") :] for path in HERE.glob("bench_*.py"))
+    # Ops that are measured with the one they belong to.
+    within = {"attention_varlen": "attention", "attention_paged_": "attention"}
+    within |= {"whiten_advantages": "ppo_advantage"}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("op", nargs="+", choices=[*ops, "all"], metavar="op", help=", ".join(ops))
+    parser.add_argument("op", nargs="+", choices=[*ops, *within, "all"], metavar="op", help=", ".join(ops))
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default 9)")
     parser.add_argument(
@@ -189,7 +192,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the first two cases, three rounds")
     options = parser.parse_args()
     sys.path.insert(0, str(HERE))
-    for op in ops if "all" in options.op else options.op:
+    chosen = dict.fromkeys(within.get(op, op) for op in options.op)
+    for op in ops if "all" in chosen else chosen:
         cases = importlib.import_module(f"bench_{op}").cases(options.device)
         if options.quick:
             cases = (case for _, case in zip(range(2), cases, strict=False))

@@ -36,6 +36,9 @@ def torch_sample(logits, temperature, top_k=0, top_p=1.0):
     return tokens, raw.gather(-1, tokens), probabilities.gather(-1, tokens).log()
 
 
+compiled = torch.compile(torch_sample)
+
+
 def cases(device: str) -> Iterator[Case]:
     for rows, vocab in ((128, 1024), (16, 32000), (8, 151936)):
         logits = 3 * torch.randn(rows, vocab, device=device)
@@ -46,6 +49,7 @@ def cases(device: str) -> Iterator[Case]:
                     x, seeds=1, positions=p, **s
                 ),
                 "torch": lambda x=logits, s=settings: torch_sample(x, **s),
+                "torch.compile": lambda x=logits, s=settings: compiled(x, **s),
             }
             # Every logit is read once.
             yield Case(
