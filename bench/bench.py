@@ -183,7 +183,9 @@ def main() -> int:
     within = {"attention_varlen": "attention", "attention_paged_": "attention"}
     within |= {"whiten_advantages": "ppo_advantage"}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("op", nargs="+", choices=[*ops, *within, "all"], metavar="op", help=", ".join(ops))
+    parser.add_argument(
+        "op", nargs="+", choices=[*ops, *within, "all"], metavar="op", help=", ".join(ops)
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default 9)")
     parser.add_argument(
