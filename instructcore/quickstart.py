@@ -94,10 +94,9 @@ def recipe(out: Path, data: dict[str, Path], config: QuickstartConfig) -> Recipe
             optim=OptimConfig(lr=2e-3, warmup=0.03),
             run=run("sft", save_every=0),
         ),
-        reward.RewardConfig(
+        reward.RewardConfig(  # centred on each ranking's best: demonstrations are of mixed quality
             init=str(out / "sft"),
             data=(str(out / "data" / "comparisons.jsonl"),),
-            demonstrations=(str(data["demonstrations"]),),
             val_fraction=0.15,
             epochs=2,
             batch=16,
