@@ -14,6 +14,7 @@ import argparse
 import csv
 import datetime
 import importlib
+import re
 import statistics
 import subprocess
 import sys
@@ -100,7 +101,7 @@ def device_name(device: str) -> str:
     model = "cpu"
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
-            model = line.split(":")[1].strip()
+            model = re.sub(r"\((R|TM)\)| Processor", "", line.split(":")[1]).strip()
             break
     from instructcore import _C
 
