@@ -1,8 +1,9 @@
 """The command line: `instructcore COMMAND ...`, with flags derived from each command's dataclass.
 
 A command is a row of COMMANDS: the module that holds it, its settings' class and its function. The
-module is imported when its command is called, and only then. Exit codes: 0; 2 for a user's mistake,
-shown as one line; 130 after Ctrl-C; 1, with a traceback, for a bug.
+module is imported when its command is called, and only then. Exit codes: 0; 2 for a user's mistake
+or what the operating system refuses, shown as one line; 130 after Ctrl-C; 1, with a traceback, for
+a bug.
 """
 
 from __future__ import annotations
@@ -63,6 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output left, as `head` does
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if error.errno is None:  # a library's own use of the class
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"instructcore: error: {where}{error.strerror}", file=sys.stderr)
+        return 2
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -154,11 +161,11 @@ def _describe(item: Option) -> str:
     """The help of a flag: meaning, then unit, default and the paper's value."""
     metadata = item.metadata
     notes = [metadata["unit"]] if metadata.get("unit") else []
-    if not metadata.get("required") and item.default not in (None, "", ()):
+    if not metadata.get("required"):
         default = {True: "yes", False: "no"}[item.default] if item.type is bool else item.default
         if item.many:
             default = " ".join(map(str, item.default))
-        notes.append(f"default {default}")
+        notes.append(f"default {'none' if default in (None, '') else default}")
     if metadata.get("paper"):
         notes.append(f"paper {metadata['paper']}")
     text = metadata.get("help", "") + (f" ({'; '.join(notes)})" if notes else "")

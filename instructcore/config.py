@@ -2,16 +2,19 @@
 
 A field made by `option` carries its help, unit and the paper's value. `group` puts one dataclass
 into another; its fields are flattened, so `PretrainConfig.optim.lr` is `lr` in config.json and
-`--lr` on the command line. This module imports nothing slow: `--help` needs it.
+`--lr` on the command line. A field `given`, which is neither, gets the names that the command line
+set, for what a flag means beside another. This module imports nothing slow: `--help` needs it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import UserError
@@ -31,13 +34,16 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
 
 
-def group(cls: type, *, hide: tuple[str, ...] = (), **defaults: Any) -> Any:
+def group(
+    cls: type, *, hide: tuple[str, ...] = (), paper: Mapping[str, str] = {}, **defaults: Any
+) -> Any:
     """Another dataclass, whose settings are flattened into this one's.
 
-    `hide` names those that the stage works out itself; they are no flags. `defaults` are this
-    stage's own.
+    `hide` names those that the stage works out itself; they are no flags. `paper` has InstructGPT's
+    values for this stage, by setting; `defaults` are this stage's own.
     """
-    return field(default=cls(**defaults), metadata=dict(group=cls, hide=hide, defaults=defaults))
+    metadata = {"group": cls, "hide": hide, "paper": paper, "defaults": defaults}
+    return field(default=cls(**defaults), metadata=metadata)
 
 
 class Option(NamedTuple):
@@ -48,7 +54,7 @@ class Option(NamedTuple):
     type: Any  # int | float | str | bool; of the items where `many`
     many: bool
     default: Any
-    metadata: typing.Mapping[str, Any]
+    metadata: Mapping[str, Any]
     group: str  # the first line about the dataclass it belongs to
 
 
@@ -58,9 +64,11 @@ def options(cls: type, **defaults: Any) -> Iterator[Option]:
     title = (cls.__doc__ or "").partition("\n")[0].rstrip(".")
     for f in dataclasses.fields(cls):
         if inner := f.metadata.get("group"):
-            settings = options(inner, **f.metadata["defaults"])
-            yield from (item for item in settings if item.name not in f.metadata["hide"])
-        else:
+            for item in options(inner, **f.metadata["defaults"]):
+                if item.name not in f.metadata["hide"]:
+                    paper = f.metadata["paper"].get(item.name, item.metadata.get("paper"))
+                    yield item._replace(metadata={**item.metadata, "paper": paper})
+        elif f.name != "given":
             kind, many = _value_type(hints[f.name])
             default = defaults.get(f.name, f.default)
             yield Option(f.name, _flag(f), kind, many, default, f.metadata, title)
@@ -74,7 +82,7 @@ def flatten(config: Any) -> dict[str, Any]:
         if f.metadata.get("group"):
             hide = f.metadata["hide"]
             flat |= {k: v for k, v in flatten(value).items() if k not in hide}
-        else:
+        elif f.name != "given":
             flat[f.name] = list(value) if isinstance(value, tuple) else value
     return flat
 
@@ -85,6 +93,8 @@ def unflatten(cls: type, values: dict[str, Any], **defaults: Any) -> Any:
     for f in dataclasses.fields(cls):
         if inner := f.metadata.get("group"):
             arguments[f.name] = unflatten(inner, values, **f.metadata["defaults"])
+        elif f.name == "given":
+            arguments[f.name] = tuple(values)
         elif f.name in values:
             value = values[f.name]
             arguments[f.name] = tuple(value) if isinstance(value, list) else value
@@ -95,6 +105,22 @@ def check(condition: bool, message: str) -> None:
     """Raises UserError(message) unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+def check_new_file(out: str) -> None:
+    """--out, where given, must name a file that is not there yet, in a directory that is."""
+    if out:
+        path = Path(out).absolute()
+        check(not path.exists(), f"--out {out} exists already: name another file")
+        check(path.parent.is_dir(), f"--out {out}: there is no such directory")
+        check_writable(out)
+
+
+def check_writable(out: str) -> None:
+    """--out must be where something can be made: below a directory that may be written."""
+    above = next(p for p in (Path(out), *Path(out).absolute().parents) if p.exists())
+    check(above.is_dir(), f"--out {out}: {above} is not a directory")
+    check(os.access(above, os.W_OK | os.X_OK), f"--out {out}: {above} may not be written")
 
 
 def check_options(config: Any) -> None:
@@ -140,19 +166,14 @@ class OptimConfig:
 
     lr: float = option(1e-3, "highest learning rate", range="(0, inf)")
     min_lr_ratio: float = option(
-        0.1, "where the schedule ends", unit="share of lr", paper="0.1", range="[0, 1]"
+        0.1, "where the schedule ends, unless constant", unit="share of lr", range="[0, 1]"
     )
     warmup: float = option(
-        0.0, "linear warm-up, in steps, or below 1 as a share of all", paper="0", range="[0, inf)"
+        0.0, "linear warm-up", unit="steps; below 1: share of all", range="[0, inf)"
     )
-    warmup_from: float = option(
-        0.1, "where the warm-up begins", unit="share of lr", paper="0.1", range="[0, 1]"
-    )
+    warmup_from: float = option(0.1, "where the warm-up begins", unit="share of lr", range="[0, 1]")
     schedule: str = option(
-        "cosine",
-        "course after the warm-up",
-        paper="cosine",
-        choices=("cosine", "linear", "constant"),
+        "cosine", "course after the warm-up", choices=("cosine", "linear", "constant")
     )
     beta1: float = option(0.9, "Adam's decay of the mean gradient", paper="0.9", range="[0, 1)")
     beta2: float = option(0.95, "Adam's decay of its square", paper="0.95", range="[0, 1)")
@@ -178,9 +199,13 @@ class RunConfig:
         "compute dtype; auto: bfloat16 where that is fast",
         choices=("auto", "float32", "bfloat16"),
     )
-    save_every: int = option(500, "a checkpoint every so many steps, 0 = none", range="[0, inf)")
-    keep: int = option(2, "how many checkpoints to keep beside the final one", range="[1, inf)")
-    log_every: int = option(10, "a line of metrics every so many steps", range="[1, inf)")
+    save_every: int = option(
+        500, "time between checkpoints, 0 = none", unit="steps", range="[0, inf)"
+    )
+    keep: int = option(
+        2, "how many to keep beside the final one", unit="checkpoints", range="[1, inf)"
+    )
+    log_every: int = option(10, "time between lines of metrics", unit="steps", range="[1, inf)")
     resume: bool = option(False, "go on from the newest checkpoint in the directory")
 
     def __post_init__(self) -> None:

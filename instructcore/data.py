@@ -20,7 +20,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -94,6 +94,7 @@ PROMPTS = "{prompt}, {instruction, input?}, {question}, {messages: [{role, conte
 
 # Two messages of one side are parted by an empty line, as are an instruction and its input.
 JOINT = "\n\n"
+_RESPONSES = ("completion", "response", "output", "answer")
 _ROLES = ("assistant", "gpt", "user", "human", "system", "developer")  # the first two respond
 
 
@@ -191,7 +192,7 @@ class _Row(NamedTuple):
 def _demonstration(row: _Row) -> Demonstration:
     turns = row.conversation()
     if turns is None:
-        prompt, field = row.prompt(), row.field("completion", "response", "output", "answer")
+        prompt, field = row.prompt(), row.field(*_RESPONSES)
         if prompt is None or field is None:
             raise row.unknown("demonstrations", DEMONSTRATIONS)
         turns = [Turn(prompt, False), Turn(row.text(field), True)]
@@ -200,6 +201,13 @@ def _demonstration(row: _Row) -> Demonstration:
     if not turns:
         raise row.error("the conversation has no message of the assistant: nothing to learn")
     return Demonstration(tuple(turns), row.record, row.where)
+
+
+def is_demonstration(prompt: Prompt) -> bool:
+    """Whether the line that a prompt was read from has a response, too."""
+    row = _Row(prompt.where, prompt.record)
+    turns = row.conversation()
+    return any(t.is_response for t in turns) if turns else row.field(*_RESPONSES) is not None
 
 
 def _comparison(row: _Row) -> Comparison:
@@ -323,7 +331,12 @@ def _is_jsonl(path: Path) -> bool:
 
 
 def encode_demonstrations(
-    demonstrations: Sequence[Demonstration], tokenizer: Tokenizer, context: int, overlong: str
+    demonstrations: Sequence[Demonstration],
+    tokenizer: Tokenizer,
+    context: int,
+    overlong: str,
+    *,
+    marked: bool = True,
 ) -> list[tuple[list[int], list[bool]]]:
     """(ids, mask) of each: `prompt <|assistant|> response <|eos|>`, turn after turn.
 
@@ -333,12 +346,13 @@ def encode_demonstrations(
         overlong: what becomes of rows longer than `context` tokens. "drop": left out and reported,
             an error if they are more than a fifth. "truncate": cut, and left out if no response
             remains. "error": an error.
+        marked: with the assistant marker before each response; a base model knows none.
     """
     if overlong not in ("drop", "truncate", "error"):
         raise UserError(f"overlong must be one of drop, truncate, error, got {overlong!r}")
     texts = [turn.text for demonstration in demonstrations for turn in demonstration.turns]
     encoded = iter(tokenizer.encode_batch(texts))
-    marker = [] if tokenizer.assistant_id is None else [tokenizer.assistant_id]
+    marker = [tokenizer.assistant_id] if marked and tokenizer.assistant_id is not None else []
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     rows = []
     for demonstration in demonstrations:
@@ -360,11 +374,16 @@ def encode_demonstrations(
     return rows
 
 
-def report_dropped(dropped: int, total: int, what: str, context: int) -> None:
+def report_dropped(
+    dropped: int,
+    total: int,
+    what: str,
+    context: int,
+    remedy: str = "shorten them, train with a larger context, or see --overlong",
+) -> None:
     """Says on stderr how many over-long rows are left out; a UserError if more than MAX_DROPPED."""
     message = f"{dropped} of {total} {what} do not fit the context of {context} tokens"
     if dropped > MAX_DROPPED * total:
-        remedy = "shorten them, train with a larger context, or see --overlong"
         raise UserError(f"{message}, more than {MAX_DROPPED:.0%} of them: {remedy}")
     if dropped:
         print(f"{message}: left out", file=sys.stderr)
@@ -452,35 +471,38 @@ class TokenStream:
         directory: str | Path,
         val_fraction: float,
         progress: Progress = lambda done, total: None,
+        *,
+        window: int = 1,
     ) -> tuple[TokenStream, TokenStream]:
         """(training, held-out) tokens of text files of any size, tokenised once.
 
         Of the n tokens of a plain text file the first int(n (1 − val_fraction)) are for training,
         of the documents of a JSONL file likewise, but at least one. `directory` keeps the tokens
         for the same files, tokenizer and fraction. They appear there complete or not at all; a
-        second process that builds the same waits for the first.
+        second process that builds the same waits for the first. The training text must hold a
+        window of `window` tokens; after this error, or another, a new `directory` is gone again.
         """
         paths = _paths(paths)
         if not 0 <= val_fraction < 1:
             raise UserError(f"val_fraction must be in [0, 1), got {val_fraction}")
         built = Path(directory) / _cache_key(paths, tokenizer, val_fraction)
-        built.parent.mkdir(parents=True, exist_ok=True)
         dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-        with open(built.parent / "lock", "w") as lock:
+        with _made(built.parent), open(built.parent / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not built.is_dir():
                 partial = built.with_name("partial")  # of whichever build was cut short
                 shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir()
+                partial.mkdir(parents=True)  # the one waited for may have failed, and cleaned up
                 _tokenise(paths, tokenizer, partial, dtype, val_fraction, progress)
                 os.rename(partial, built)
-        train, val = (
-            cls(_map(built / part, dtype), _map(built / f"{part}.starts", np.int64), name)
-            for part, name in (("train", "training text"), ("val", "held-out text"))
-        )
-        if len(train) < 2 or (val_fraction and len(val) < 2):
-            parts = f"{len(train)} tokens to train on and {len(val)} held out"
-            raise UserError(f"{paths[-1]}: too little text: {parts}; either needs at least 2")
+            train, val = (
+                cls(_map(built / part, dtype), _map(built / f"{part}.starts", np.int64), name)
+                for part, name in (("train", "training text"), ("val", "held-out text"))
+            )
+            if len(train) < 2 or (val_fraction and len(val) < 2):
+                parts = f"{len(train)} tokens to train on and {len(val)} held out"
+                raise UserError(f"{paths[-1]}: too little text: {parts}; either needs at least 2")
+            train.batch(0, 0, 1, window)
         return train, val
 
     def batch(self, step: int, seed: int, batch: int, context: int) -> Packed:
@@ -518,6 +540,23 @@ class TokenStream:
             targets[inner - 1] = IGNORED
             cuts = np.unique(np.concatenate([cuts, inner]))
         return _packed(tokens, cuts, targets)
+
+
+@contextmanager
+def _made(directory: Path) -> Iterator[None]:
+    """Makes a directory; after an error it is gone, with those above that were made for it."""
+    above = (directory, *directory.parents)
+    new = [p for p in above if not p.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except Exception:
+        if new:
+            shutil.rmtree(directory, ignore_errors=True)
+        with suppress(OSError):  # not empty: another process has found a use for it
+            for path in new[1:]:
+                path.rmdir()
+        raise
 
 
 def _texts(path: Path, file: TextIO) -> Iterator[str]:

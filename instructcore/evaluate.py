@@ -1,7 +1,7 @@
 """Evaluation as the InstructGPT paper reports it: score, win rate, KL, length, end of text, loss.
 
 A judge turns responses into scores: a reward model's checkpoint, a Python function on text, or the
-bundled gold rule. PPO takes its rewards from the same judges. Intervals are percentile bootstraps
+bundled gold rule. PPO takes its rewards from the first two. Intervals are percentile bootstraps
 over prompts: 95 %, 2,000 resamples, seeded.
 """
 
@@ -20,10 +20,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .config import check, check_options, option
-from .data import Prompt, encode_demonstrations, pack, read_demonstrations, read_prompts
+from .config import check, check_new_file, check_options, option
+from .data import (
+    Prompt,
+    encode_demonstrations,
+    is_demonstration,
+    pack,
+    read_demonstrations,
+    read_prompts,
+)
 from .errors import UserError
-from .generate import Completion, Generator, SamplingParams, score
+from .generate import Completion, Generator, SamplingParams, is_instructed, score
 from .model import GPT, load
 from .pretrain import held_out_loss
 from .reward import response_scores
@@ -92,21 +99,30 @@ def wins(a: Sequence[float], b: Sequence[float]) -> list[float]:
 
 
 def sample_responses(
-    model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], params: SamplingParams
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    marked: bool | None = None,
 ) -> list[Sample]:
-    """One response per prompt. With a seed, prompt i draws from the stream (seed, i)."""
-    ids = [tokenizer.prompt_ids(prompt.text) for prompt in prompts]
+    """One response per prompt. With a seed, prompt i draws from the stream (seed, i).
+
+    `marked`: with the assistant marker after a prompt; None: if the model is tuned to answer.
+    """
+    generator = Generator(model, tokenizer)
+    ids = generator.encode(prompts, is_instructed(model) if marked is None else marked)
     each = [params] * len(ids)
     if params.seed is not None:
         each = [replace(params, seed=mix(params.seed, i)) for i in range(len(ids))]
-    completions = Generator(model, tokenizer).generate(ids, each)
+    completions = generator.generate(ids, each)
     return [Sample(*row) for row in zip(prompts, ids, completions, strict=True)]
 
 
 def mean_kl(policy: GPT, reference: GPT, samples: Sequence[Sample]) -> float:
     """KL(policy || reference): the mean over samples of Σ_t log π − log π_ref, nats per response.
 
-    An estimate of it only for samples that the policy drew at temperature 1, untruncated.
+    An estimate of it only for samples that the policy drew at temperature 1, untruncated. Both
+    read what the policy read, with or without the assistant marker.
     """
     sequences = [s.sequence for s in samples]
     pairs = zip(score(policy, sequences), score(reference, sequences), strict=True)
@@ -117,15 +133,11 @@ def mean_kl(policy: GPT, reference: GPT, samples: Sequence[Sample]) -> float:
     return sum(sums) / len(sums) if sums else math.nan
 
 
-def reference_loss(model: GPT, tokenizer: Tokenizer, path: str, limit: int = 0) -> float | None:
-    """Mean nats per token of a file's first responses; None if it, or the model, knows none."""
-    if tokenizer.assistant_id is None or tokenizer.eos_id is None:
-        return None
-    try:
-        demonstrations = read_demonstrations([path])[: limit or None]
-    except UserError:
-        return None
-    rows = encode_demonstrations(demonstrations, tokenizer, model.config.context, "truncate")
+def reference_loss(model: GPT, tokenizer: Tokenizer, path: str, limit: int = 0) -> float:
+    """Mean nats per token of the responses in a file's first lines, in the model's own form."""
+    demonstrations = read_demonstrations([path])[: limit or None]
+    context, marked = model.config.context, is_instructed(model)
+    rows = encode_demonstrations(demonstrations, tokenizer, context, "error", marked=marked)
     parts = (pack(rows[i : i + SCORED_AT_ONCE]) for i in range(0, len(rows), SCORED_AT_ONCE))
     return held_out_loss(model, parts)
 
@@ -155,9 +167,11 @@ def load_function(name: str) -> Callable:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), attribute)
+        function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"cannot load the function {name}: {error}") from error
+    check(callable(function), f"{name} must be a function, got {function!r}")
+    return function
 
 
 def _texts(samples: Sequence[Sample]) -> tuple[list[str], list[str], list[dict]]:
@@ -201,7 +215,7 @@ class ModelJudge:
         self.same_tokens = _meanings(self.own) == _meanings(tokenizer)
 
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
-        rows = [s.sequence if self.same_tokens else self._encode(s) for s in samples]
+        rows = [self._encode(s) for s in samples]
         longest, context = max(map(len, rows), default=0), self.model.config.context
         where = f"the context of {context} tokens of {self.name}"
         check(longest <= context, f"prompt and response must fit {where}, got {longest}")
@@ -210,6 +224,9 @@ class ModelJudge:
             return [s for part in parts for s in response_scores(self.model, part).tolist()]
 
     def _encode(self, sample: Sample) -> list[int]:
+        if self.same_tokens:  # with the marker, as it was trained, even if the writer had none
+            marker = {self.own.assistant_id} - {None, *sample.prompt_ids[-1:]}
+            return [*sample.prompt_ids, *marker, *sample.completion.token_ids]
         ids = self.own.prompt_ids(sample.prompt.text) + self.own.encode(sample.completion.text)
         return ids + [self.own.eos_id] if sample.ended else ids
 
@@ -232,7 +249,7 @@ class EvalConfig:
     )
     data: str = option("", "prompts; if with responses, their loss is taken too", required=True)
     judge: str = option("", "gold, a reward model's checkpoint, or module:function")
-    limit: int = option(0, "only the first so many prompts, 0 = all", range="[0, inf)")
+    limit: int = option(0, "only the first ones, 0 = all", unit="prompts", range="[0, inf)")
     max_tokens: int = option(128, "longest response", unit="tokens", range="[1, inf)")
     temperature: float = option(0.0, "of the responses judged, 0 = greedy", range="[0, inf)")
     seed: int = option(0, "seed of the samples and the bootstrap", range="[0, inf)")
@@ -248,9 +265,7 @@ class EvalConfig:
 
 def run(config: EvalConfig, judge: RewardFunction | None = None) -> list[dict[str, Any]]:
     """Evaluates every checkpoint on the same prompts; prints a table and returns its rows."""
-    out = Path(config.out or os.devnull)
-    check(not config.out or not out.exists(), f"--out {out} exists already: name another file")
-    check(out.absolute().parent.is_dir(), f"--out {out}: there is no such directory")
+    check_new_file(config.out)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     prompts = read_prompts([config.data])[: config.limit or None]
@@ -271,7 +286,9 @@ def run(config: EvalConfig, judge: RewardFunction | None = None) -> list[dict[st
             row["win_rate"] = bootstrap_interval(wins(scores, base), config.seed)
         row["eos_rate"] = sum(s.ended for s in samples) / len(samples)
         row["length"] = sum(len(s.completion.token_ids) for s in samples) / len(samples)
-        row["loss"] = reference_loss(model, tokenizer, config.data, config.limit)
+        answered = is_demonstration(prompts[0])
+        args = (model, tokenizer, config.data, config.limit)
+        row["loss"] = reference_loss(*args) if answered else None
         if first is None:
             first, meanings = model, _meanings(tokenizer)
         elif _meanings(tokenizer) == meanings:
@@ -284,7 +301,7 @@ def run(config: EvalConfig, judge: RewardFunction | None = None) -> list[dict[st
     if config.out:
         plain = [{k: getattr(v, "_asdict", lambda v=v: v)() for k, v in r.items()} for r in rows]
         result = {"data": config.data, "judge": config.judge, "n": len(prompts), "rows": plain}
-        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        Path(config.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return rows
 
 

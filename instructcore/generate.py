@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from operator import index
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,8 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .config import check, check_options, group, option
+from .config import check, check_new_file, check_options, group, option
+from .data import Prompt, read_prompts
 from .errors import UserError
 from .model import GPT, KVCache, load
 from .tokenizer import Tokenizer
@@ -43,9 +45,13 @@ class SamplingParams:
 
     max_tokens: int = option(128, "longest response", unit="tokens", range="[1, inf)")
     temperature: float = option(1.0, "0 = always the likeliest token", range="[0, inf)")
-    top_k: int = option(0, "only the k likeliest tokens, 0 = all", range="[0, inf)")
-    top_p: float = option(1.0, "only the likeliest tokens of this mass together", range="[0, 1]")
-    min_p: float = option(0.0, "only tokens this likely, next to the likeliest", range="[0, 1]")
+    top_k: int = option(0, "only the k likeliest tokens, 0 = all", unit="tokens", range="[0, inf)")
+    top_p: float = option(
+        1.0, "only the likeliest tokens of this mass together", unit="probability", range="[0, 1]"
+    )
+    min_p: float = option(
+        0.0, "only tokens this likely", unit="share of the likeliest's probability", range="[0, 1]"
+    )
     seed: int | None = option(
         None, "seed of the draws; not given: a new one each time", range="[0, 9223372036854775808)"
     )
@@ -57,8 +63,8 @@ class SamplingParams:
     repetition_penalty: float = option(
         1.0, "divides the logit of tokens already there, 1 = off", range="(0, inf)"
     )
-    presence_penalty: float = option(0.0, "off the logit of tokens of the response")
-    frequency_penalty: float = option(0.0, "the same, times how often they occur")
+    presence_penalty: float = option(0.0, "off the logit of tokens of the response", unit="nats")
+    frequency_penalty: float = option(0.0, "the same, times how often they occur", unit="nats")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -176,19 +182,45 @@ class Generator:
         pairs = zip(prompts, each, strict=True)
         return [r for prompt, p in pairs for r in self._requests(prompt, p)]
 
-    def _requests(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[_Request]:
-        config, prompt = self.model.config, list(prompt)
-        check(len(prompt) > 0, "a prompt needs at least one token, got an empty one")
+    def check_prompt(self, prompt: Sequence[int]) -> list[int]:
+        """The ids of a prompt; a UserError if it cannot be continued."""
+        config = self.model.config
+        try:
+            ids = list(map(index, prompt))
+        except TypeError:
+            want = "a prompt must be token ids, such as those of tokenizer.prompt_ids(text)"
+            raise UserError(f"{want}, got {prompt!r:.60}") from None
+        check(len(ids) > 0, "a prompt needs at least one token, got an empty one")
         check(
-            len(prompt) < config.context,
-            f"a prompt must be shorter than the context of {config.context} tokens, "
-            f"got {len(prompt)}",
+            len(ids) < config.context,
+            f"a prompt must be shorter than the context of {config.context} tokens, got {len(ids)}",
         )
         last = config.vocab_size - 1
         check(
-            0 <= min(prompt) and max(prompt) <= last,
-            f"token ids must be in 0 .. {last}, got {min(prompt)} .. {max(prompt)}",
+            0 <= min(ids) and max(ids) <= last,
+            f"token ids must be in 0 .. {last}, got {min(ids)} .. {max(ids)}",
         )
+        return ids
+
+    def encode(self, prompts: Sequence[Prompt], marked: bool) -> list[list[int]]:
+        """Token ids of texts, with the assistant marker if `marked`.
+
+        Raises:
+            UserError: one cannot be continued; the message names its file and line.
+        """
+        encode = self.tokenizer.prompt_ids if marked else self.tokenizer.encode
+        ids = [encode(prompt.text) for prompt in prompts]
+        for prompt, row in zip(prompts, ids, strict=True):
+            try:
+                self.check_prompt(row)
+            except UserError as error:
+                where = f"{prompt.where}: " if prompt.where else ""
+                raise UserError(f"{where}{error}") from None
+        return ids
+
+    def _requests(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[_Request]:
+        config, prompt = self.model.config, self.check_prompt(prompt)
+        last = config.vocab_size - 1
         stop_ids = frozenset(params.stop_token_ids)
         check(
             all(0 <= id <= last for id in stop_ids),
@@ -553,27 +585,22 @@ class _Speaker:
 
 def run(config: GenerateConfig) -> list[dict[str, Any]]:
     """Answers the prompts; returns a record per response, which `out` gets as a line of JSON."""
+    check_new_file(config.out)
     out = Path(config.out) if config.out else None
-    check(out is None or not out.exists(), f"--out {out} exists already: name another file")
     params = config.sampling
-    if config.prompts:
-        from .data import read_prompts
-
-        texts = [prompt.text for prompt in read_prompts([config.prompts])]
-    else:
-        texts = [config.prompt]
+    prompts = read_prompts([config.prompts]) if config.prompts else [Prompt(config.prompt, {})]
     speaker = _Speaker(config)
-    ids = [speaker.encode(text) for text in texts]
-    if len(texts) == params.n == 1 and out is None:
+    ids = speaker.generator.encode(prompts, speaker.instructed)
+    if len(prompts) == params.n == 1 and out is None:
         completions = [speaker.say(ids[0], params)]
     else:
-        each = [params] * len(texts)
-        if params.seed is not None and len(texts) > 1:
-            each = [replace(params, seed=mix(params.seed, i)) for i in range(len(texts))]
+        each = [params] * len(prompts)
+        if params.seed is not None and len(prompts) > 1:
+            each = [replace(params, seed=mix(params.seed, i)) for i in range(len(prompts))]
         completions = speaker.generator.generate(ids, each)
     records = [
         {
-            "prompt": texts[i // params.n],
+            "prompt": prompts[i // params.n].text,
             "response": c.text,
             "finish_reason": c.finish_reason,
             "tokens": len(c.token_ids),

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,15 +49,22 @@ class ModelConfig:
     layers: int = option(6, "decoder layers", range="[1, inf)")
     heads: int = option(4, "query heads", range="[1, inf)")
     kv_heads: int = option(0, "key/value heads, 0 = as many as query heads", range="[0, inf)")
-    width: int = option(256, "channels of the residual stream", range="[1, inf)")
-    head_dim: int = option(0, "channels per head, 0 = width / heads", range="[0, 256]")
+    width: int = option(256, "residual stream", unit="channels", range="[1, inf)")
+    head_dim: int = option(
+        0, "size of a head, 0 = width / heads", unit="channels", range="[0, 256]"
+    )
     mlp_width: int = option(
-        0, "hidden channels of the MLP, 0 = 4 width (gpt2) or 8/3 width", range="[0, inf)"
+        0,
+        "hidden layer of the MLP, 0 = 4 width (gpt2) or 8/3 width",
+        unit="channels",
+        range="[0, inf)",
     )
     tie_head: bool = option(True, "the output matrix is the token embedding")
     rope_theta: float = option(10000.0, "base of the rotary frequencies", range="(0, inf)")
     norm_eps: float = option(1e-5, "added to the variance in norms", range="(0, inf)")
-    dropout: float = option(0.0, "residual dropout while training", paper="SFT 0.2", range="[0, 1)")
+    dropout: float = option(
+        0.0, "residual dropout while training", unit="probability", range="[0, 1)"
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -527,9 +534,11 @@ def load(
             misshapen.
     """
     directory = Path(path)
+    final = directory / "final"
     check(
         (directory / "config.json").is_file() and any(directory.glob("*.safetensors*")),
-        f"{path}: no checkpoint there, which takes config.json and model.safetensors",
+        f"{path}: no checkpoint there, which takes config.json and model.safetensors"
+        + (f"; it is a run, whose model is {final}" if final.is_dir() else ""),
     )
     hf = _read_json(directory / "config.json")
     config, head = _from_hf_config(hf, directory / "config.json")
@@ -624,13 +633,20 @@ def _hf_config(config: ModelConfig, head: str) -> dict:
 
 def _from_hf_config(hf: dict, file: Path) -> tuple[ModelConfig, str]:
     """(shape, head) of a config.json, or a UserError about what in it is not computed here."""
-    family = hf.get("model_type")
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    scaling = rope.get("rope_type", rope.get("type", "default"))
+    family, own = hf.get("model_type"), hf.get("instructcore", {})
     scalar = str(hf.get("architectures")).endswith("ForSequenceClassification']")
     kinds = ", ".join(FAMILIES)
     try:
         check(family in FAMILIES, f"model_type must be one of {kinds}, got {family!r}")
+        _typed("instructcore", own, dict)
+        for name in ("rope_parameters", "rope_scaling", "id2label"):
+            _typed(name, hf.get(name) or {}, dict)
+        for name in _TOKEN_IDS:
+            ids = hf.get(name)
+            for id in ids if isinstance(ids, list) else [] if ids is None else [ids]:
+                _typed(name, id, int)
+        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+        scaling = rope.get("rope_type", rope.get("type", "default"))
         for name, allowed in _HF_FIXED.items():
             value = {**hf, **rope}.get(name)
             check(value is None or value in allowed, f"{name} = {value!r} is not supported")
@@ -639,19 +655,28 @@ def _from_hf_config(hf: dict, file: Path) -> tuple[ModelConfig, str]:
             not scalar or len(hf.get("id2label") or "01") == 1,
             "a reward model must have exactly one label",
         )
-        shape = {"dropout": hf.get("instructcore", {}).get("dropout", 0.0)}
+        for name in ("dropout", "score_bias"):
+            _typed(f"instructcore.{name}", own.get(name, 0.0), float)
+        shape = {"dropout": own.get("dropout", 0.0)}
         for ours, names in _HF_KEYS.items():
             name = names[family != "gpt2"]
             value = (rope if name in rope else hf).get(name)
             if value is not None:
-                shape[ours] = value
+                shape[ours] = _typed(name, value, type(getattr(ModelConfig, ours)))
             check(
                 value is not None or ours not in ("vocab_size", "layers", "heads", "width"),
                 f"{name} is missing",
             )
         return ModelConfig(family, **_HF_DEFAULTS[family] | shape), "scalar" if scalar else "lm"
-    except (UserError, TypeError) as error:
+    except UserError as error:
         raise UserError(f"{file}: {error}") from error
+
+
+def _typed(name: str, value: Any, kind: type) -> Any:
+    """The value of a key, if of this kind: an integer is a number, too, but true is neither."""
+    good = type(value) in ((int, float) if kind is float else (kind,))
+    check(good, f"{name} must be of type {kind.__name__}, got {json.dumps(value):.60}")
+    return value
 
 
 class _Piece(NamedTuple):
@@ -700,7 +725,10 @@ def _read_weights(model: GPT, directory: Path) -> None:
 
     files = [directory / "model.safetensors"]
     if not files[0].is_file():
-        weight_map = _read_json(directory / "model.safetensors.index.json").get("weight_map", {})
+        index = directory / "model.safetensors.index.json"
+        weight_map = _read_json(index).get("weight_map", {})
+        good = isinstance(weight_map, dict) and all(type(f) is str for f in weight_map.values())
+        check(good, f"{index}: weight_map must map names of tensors to files")
         files = [directory / name for name in sorted(set(weight_map.values()))]
     root = "transformer." if model.config.family == "gpt2" else "model."
     wanted = {piece.name: (piece, rows) for piece, rows in _pieces(model)}

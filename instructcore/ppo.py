@@ -24,7 +24,7 @@ import copy
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from .config import (
     check,
     check_divides,
     check_options,
+    flatten,
     group,
     option,
     options,
@@ -85,23 +86,34 @@ PRESETS: dict[str, dict[str, tuple[Any, str]]] = {
 
 @dataclass(frozen=True)
 class PPOConfig:
-    """Settings of `instructcore ppo`. A step is an iteration: rollouts, then epochs over them."""
+    """Settings of `instructcore ppo`. A step is an iteration: rollouts, then epochs over them.
+
+    A preset replaces the settings at their defaults, but none named in `given`.
+    """
 
     init: str = option("", "checkpoint of the policy; frozen, the KL reference", required=True)
     reward: str = option("", "reward model's checkpoint, or module:function", required=True)
     prompts: tuple[str, ...] = option((), "files of prompts", required=True)
-    preset: str = option(
-        "small", "replaces settings left at their defaults", choices=("small", "instructgpt")
+    preset: str = option("small", "sets what no flag sets", choices=("small", "instructgpt"))
+    steps: int = option(
+        40, "length of the run", unit="iterations", paper="500, 256k episodes", range="[1, inf)"
     )
-    steps: int = option(40, "iterations", paper="500, for 256k episodes", range="[1, inf)")
-    batch: int = option(128, "rollouts per iteration", paper="512", range="[1, inf)")
-    minibatch: int = option(32, "rollouts per update", paper="64", range="[1, inf)")
-    micro_batch: int = option(0, "rollouts at once, 0 = minibatch", range="[0, inf)")
+    batch: int = option(
+        128, "rollouts per iteration", unit="sequences", paper="512", range="[1, inf)"
+    )
+    minibatch: int = option(
+        32, "rollouts per update", unit="sequences", paper="64", range="[1, inf)"
+    )
+    micro_batch: int = option(
+        0, "rollouts at once, 0 = minibatch", unit="sequences", range="[0, inf)"
+    )
     inner_epochs: int = option(1, "passes over the rollouts", paper="1", range="[1, inf)")
-    max_tokens: int = option(64, "tokens of the longest response", paper="1024", range="[1, inf)")
+    max_tokens: int = option(64, "longest response", unit="tokens", paper="1024", range="[1, inf)")
     temperature: float = option(1.0, "of rollouts and log-probs", paper="1", range="(0, inf)")
 
-    kl_coef: float = option(0.05, "β, KL penalty in the reward", paper="0.02", range="[0, inf)")
+    kl_coef: float = option(
+        0.05, "β, KL penalty in the reward", unit="per nat", paper="0.02", range="[0, inf)"
+    )
     kl_target: float = option(
         0.0, "β adapts to this KL, 0 = fixed", unit="nats per response", range="[0, inf)"
     )
@@ -111,12 +123,14 @@ class PPOConfig:
         "unended responses: penalty off the score, or -penalty for a score",
         choices=("none", "subtract", "replace"),
     )
-    missing_eos_penalty: float = option(1.0, "that penalty", range="[0, inf)")
+    missing_eos_penalty: float = option(1.0, "that penalty", unit="score", range="[0, inf)")
     bootstrap_truncated: bool = option(False, "unended responses: V after the last token, not 0")
-    reward_clip: float = option(0.0, "scores are clipped to ± this, 0 = not", range="[0, inf)")
+    reward_clip: float = option(
+        0.0, "scores are clipped to ± this, 0 = not", unit="score", range="[0, inf)"
+    )
     whiten_rewards: bool = option(False, "rewards scaled to variance 1, their mean kept")
 
-    gamma: float = option(1.0, "discount", paper="1", range="[0, 1]")
+    gamma: float = option(1.0, "discount", unit="per token", paper="1", range="[0, 1]")
     lambda_: float = option(0.95, "λ of the advantage estimate", range="[0, 1]")
     clip_range: float = option(0.2, "ε, clip of the ratio", paper="0.2", range="(0, inf)")
     clip_range_high: float = option(0.0, "upper ε, 0 = the same", range="[0, inf)")
@@ -132,19 +146,37 @@ class PPOConfig:
     ptx_coef: float = option(  # at 1 its gradient drowns the policy's in a model of this size
         0.03, "weight of its loss per token", paper="27.8", range="[0, inf)"
     )
-    ptx_batch: int = option(8, "its windows per update", paper="512", range="[1, inf)")
-    ptx_context: int = option(128, "tokens of a window", paper="2048", range="[2, inf)")
+    ptx_batch: int = option(
+        8, "its windows per update", unit="sequences", paper="512", range="[1, inf)"
+    )
+    ptx_context: int = option(
+        128, "length of a window", unit="tokens", paper="2048", range="[2, inf)"
+    )
     critic_lr: float = option(3e-4, "the critic's lr", paper="9e-6", range="(0, inf)")
     optim: OptimConfig = group(
-        OptimConfig, lr=1e-4, schedule="constant", warmup=10, eps=1e-5, weight_decay=0.0
+        OptimConfig,
+        lr=1e-4,
+        schedule="constant",
+        warmup=10,
+        eps=1e-5,
+        weight_decay=0.0,
+        paper={
+            "lr": "2.55e-6 to 2.55e-5",
+            "schedule": "constant",
+            "warmup": "10 iterations",
+            "warmup_from": "0.1",
+        },
     )
     run: RunConfig = group(RunConfig, save_every=10, log_every=1)
+    given: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         check_options(self)
         self._apply_preset()
         check(bool(self.init), "--init is missing: the checkpoint to begin with")
         check(bool(self.prompts), "--prompts is missing: files of prompts")
+        unseen = "PPO never sees the rule that judges it; name a reward model or module:function"
+        check(self.reward != "gold", f"--reward gold: {unseen}")
         check_divides(self.minibatch, self.batch, ("minibatch", "batch"))
         if self.micro_batch:
             check_divides(self.micro_batch, self.minibatch, ("micro-batch", "minibatch"))
@@ -152,11 +184,21 @@ class PPOConfig:
 
     def _apply_preset(self) -> None:
         defaults = {item.name: item.default for item in options(type(self))}
+        now, unknown = flatten(self), [name for name in self.given if name not in defaults]
+        check(not unknown, f"given must name settings, got {', '.join(unknown)}")
         for name, (value, _) in PRESETS[self.preset].items():
-            if name == "lr" and self.optim.lr == defaults["lr"]:
+            if name in self.given or now[name] != defaults[name]:
+                continue
+            if name == "lr":
                 object.__setattr__(self, "optim", replace(self.optim, lr=value))
-            elif name != "lr" and getattr(self, name) == defaults[name]:
+            else:
                 object.__setattr__(self, name, value)
+
+    def from_preset(self) -> dict[str, tuple[Any, str]]:
+        """What the preset decides here: its values that stand, each with its source."""
+        now, preset = flatten(self), PRESETS[self.preset]
+        stands = (n for n, (value, _) in preset.items() if n not in self.given and now[n] == value)
+        return {name: preset[name] for name in stands}
 
 
 # ---- The formulas that no kernel computes
@@ -318,7 +360,7 @@ class PPO:
         prompts = [self.prompts[i] for i in self.prompt_order.batch(step, config.batch)]
         seed = mix(self.seed, step, SAMPLING)
         params = SamplingParams(config.max_tokens, config.temperature, seed=seed)
-        return sample_responses(self.policy, self.tokenizer, prompts, params)
+        return sample_responses(self.policy, self.tokenizer, prompts, params, marked=True)
 
     def score(self, samples: Sequence[Sample]) -> Tensor:
         """The judge's scores (B,); one that is not finite stops the run before it does harm."""
@@ -491,9 +533,9 @@ def run(config: PPOConfig, reward: RewardFunction | None = None) -> Path:
         room = policy.config.context
         found = f"got {config.ptx_context}"
         check(config.ptx_context <= room, f"--ptx-context must fit the context {room}, {found}")
-        tokens = run.directory / "tokens"
-        text, _ = TokenStream.build(config.pretrain_data, tokenizer, tokens, HELD_OUT)
-    for name, (value, source) in PRESETS[config.preset].items():
+        where, window = run.directory / "tokens", config.ptx_context
+        text, _ = TokenStream.build(config.pretrain_data, tokenizer, where, HELD_OUT, window=window)
+    for name, (value, source) in config.from_preset().items():
         print(f"ppo: preset {config.preset}: {name} {value} ({source})")
     ppo = PPO(config, policy, critic, reference, judge, tokenizer, prompts, text)
     run.start(ppo.state, config.steps)
@@ -515,5 +557,6 @@ def read_fitting_prompts(config: PPOConfig, tokenizer: Tokenizer, context: int) 
     prompts, room = read_prompts(config.prompts), context - config.max_tokens
     fitting = [p for p in prompts if len(tokenizer.prompt_ids(p.text)) <= room]
     what = f"prompts with {config.max_tokens} more tokens of response"
-    report_dropped(len(prompts) - len(fitting), len(prompts), what, context)
+    remedy = "shorten them, or lower --max-tokens"
+    report_dropped(len(prompts) - len(fitting), len(prompts), what, context, remedy)
     return fitting

@@ -9,14 +9,24 @@ context.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .config import OptimConfig, RunConfig, check, check_divides, check_options, group, option
+from .config import (
+    OptimConfig,
+    RunConfig,
+    check,
+    check_divides,
+    check_options,
+    flatten,
+    group,
+    option,
+    options,
+)
 from .data import IGNORED, Packed, TokenStream, read_documents
 from .model import GPT, ModelConfig, load
 from .tokenizer import Tokenizer
@@ -77,16 +87,25 @@ class PretrainConfig:
     tokenizer: str = option(
         "bpe", "bytes, bpe (trained on the data), or a tokenizer.json", metavar="bytes|bpe|FILE"
     )
-    vocab_size: int = option(8192, "tokens of a trained bpe tokenizer", range="[260, inf)")
-    val_fraction: float = option(0.1, "the end of each file, held out", range="[0, 1)")
-    steps: int = option(2000, "optimiser steps", range="[1, inf)")
-    batch: int = option(32, "windows per step", range="[1, inf)")
+    vocab_size: int = option(
+        8192, "vocabulary of a trained bpe tokenizer", unit="tokens", range="[260, inf)"
+    )
+    val_fraction: float = option(
+        0.1, "the end of each file, held out", unit="share", range="[0, 1)"
+    )
+    steps: int = option(2000, "length of the run", unit="steps", range="[1, inf)")
+    batch: int = option(32, "windows per step", unit="sequences", range="[1, inf)")
     window: int = option(0, "length of a window, 0 = context", unit="tokens", range="[0, inf)")
-    micro_batch: int = option(0, "windows at once, 0 = all; must divide batch", range="[0, inf)")
-    eval_every: int = option(0, "held-out loss every so many steps, 0 = at the end")
+    micro_batch: int = option(
+        0, "windows at once, 0 = all; must divide batch", unit="sequences", range="[0, inf)"
+    )
+    eval_every: int = option(
+        0, "time between held-out losses, 0 = at the end", unit="steps", range="[0, inf)"
+    )
     model: ModelConfig = group(ModelConfig, hide=("vocab_size",))
     optim: OptimConfig = group(OptimConfig, lr=2e-3, warmup=0.05)
     run: RunConfig = group(RunConfig)
+    given: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -103,9 +122,8 @@ def run(config: PretrainConfig) -> Path:
     context, window = model.config.context, config.window or model.config.context
     check(window <= context, f"--window must be at most the context of {context}, got {window}")
     train, held_out = TokenStream.build(
-        config.data, tokenizer, run.directory / "tokens", config.val_fraction
+        config.data, tokenizer, run.directory / "tokens", config.val_fraction, window=window
     )
-    train.batch(0, config.run.seed, 1, window)  # an error, before anything is written, if too short
     optimizer = AdamW(model, config.optim)
     run.start(TrainState({"": model}, {"": optimizer}, tokenizer), config.steps)
 
@@ -131,13 +149,16 @@ def _model(config: PretrainConfig, run: Run) -> tuple[GPT, Tokenizer]:
     if config.init:
         path = resolve_checkpoint(config.init, "pretrain")
         model, tokenizer = load(path, dtype=run.dtype, device=run.device), Tokenizer.load(path)
+        brought = {"tokenizer", *vars(config.model)} - {"dropout"}
+        items, settings = options(PretrainConfig), flatten(config)
         changed = [
-            name
-            for name, value in vars(config.model).items()
-            if value != getattr(ModelConfig(), name) and name != "dropout"
+            item.flag
+            for item in items
+            if item.name in brought
+            and (item.name in config.given or settings[item.name] != item.default)
         ]
-        flags = ", ".join("--" + name.replace("_", "-") for name in changed)
-        check(not changed, f"--init brings the model's shape: {flags} cannot be set beside it")
+        flags = f"{', '.join(changed)} cannot be set beside it"
+        check(not changed, f"--init brings the tokenizer and the model's shape: {flags}")
         model.config = replace(model.config, dropout=config.model.dropout)
         return model, tokenizer
     if config.tokenizer == "bytes":

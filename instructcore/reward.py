@@ -93,15 +93,26 @@ class RewardConfig:
         "JSONL files whose responses are to score 0 on average; else the best of the data",
         metavar="FILE",
     )
-    val_fraction: float = option(0.1, "share of the prompts held out", range="[0, 1)")
+    val_fraction: float = option(0.1, "the prompts held out", unit="share", range="[0, 1)")
     epochs: int = option(1, "passes over the prompts", paper="1", range="[1, inf)")
-    batch: int = option(32, "prompts per step, all their responses", paper="64", range="[1, inf)")
+    batch: int = option(
+        32, "prompts per step, with all their responses", paper="64", range="[1, inf)"
+    )
     micro_batch: int = option(0, "prompts at once, 0 = all; must divide batch", range="[0, inf)")
     overlong: str = option(
-        "drop", "prompts with a response longer than the context", choices=("drop", "error")
+        "drop",
+        "prompts and demonstrations longer than the context with a response",
+        choices=("drop", "truncate", "error"),
     )
-    eval_every: int = option(0, "held-out accuracy every so many steps, 0 = at the end")
-    optim: OptimConfig = group(OptimConfig, lr=5e-5, warmup=0.03)
+    eval_every: int = option(
+        0, "time between held-out accuracies, 0 = at the end", unit="steps", range="[0, inf)"
+    )
+    optim: OptimConfig = group(
+        OptimConfig,
+        lr=5e-5,
+        warmup=0.03,
+        paper={"lr": "9e-6", "schedule": "cosine", "min_lr_ratio": "0.1", "warmup": "none"},
+    )
     run: RunConfig = group(RunConfig)
 
     def __post_init__(self) -> None:
@@ -131,7 +142,7 @@ def run(config: RewardConfig) -> Path:
     )
     if config.demonstrations:
         demonstrations = read_demonstrations(config.demonstrations)
-        rows = encode_demonstrations(demonstrations, tokenizer, context, "drop")
+        rows = encode_demonstrations(demonstrations, tokenizer, context, config.overlong)
         good = [ids for ids, _ in rows]
     else:
         good = [ranking.rows[ranking.best] for ranking in rankings]
@@ -159,12 +170,18 @@ def run(config: RewardConfig) -> Path:
 def encode(
     comparisons: Sequence[Comparison], tokenizer: Tokenizer, context: int, overlong: str
 ) -> list[Ranking]:
-    """Comparisons as tokens; those whose responses are all tied teach nothing and are left out."""
+    """Comparisons as tokens; those whose responses are all tied teach nothing and are left out.
+
+    `overlong` is that of data.encode_demonstrations: a cut response is scored where it is cut, and
+    prompts that leave no room for a response are left out.
+    """
     rankings, too_long, tied = [], 0, 0
     for comparison in comparisons:
         prompt, pairs = tokenizer.prompt_ids(comparison.prompt), pairs_of(comparison.ranks)
         responses = tokenizer.encode_batch(comparison.responses)
         rows = [prompt + response + [tokenizer.eos_id] for response in responses]
+        if overlong == "truncate" and len(prompt) < context:
+            rows = [row[:context] for row in rows]
         longest = max(map(len, rows))
         if longest > context and overlong == "error":
             where = comparison.where or "a comparison"

@@ -36,20 +36,38 @@ class SFTConfig:
     data: tuple[str, ...] = option(
         (), "JSONL files of demonstrations", required=True, metavar="FILE"
     )
-    val_fraction: float = option(0.05, "share of the demonstrations held out", range="[0, 1)")
+    val_fraction: float = option(0.05, "the demonstrations held out", unit="share", range="[0, 1)")
     epochs: int = option(2, "passes over the demonstrations", paper="16", range="[1, inf)")
-    batch: int = option(32, "demonstrations per step", paper="32", range="[1, inf)")
-    micro_batch: int = option(0, "demonstrations at once, 0 = all", range="[0, inf)")
+    batch: int = option(
+        32, "demonstrations per step", unit="sequences", paper="32", range="[1, inf)"
+    )
+    micro_batch: int = option(
+        0, "demonstrations at once, 0 = all", unit="sequences", range="[0, inf)"
+    )
     overlong: str = option(
         "drop", "rows longer than the context", choices=("drop", "truncate", "error")
     )
-    dropout: float = option(0.0, "residual dropout", paper="0.2", range="[0, 1)")
+    dropout: float = option(
+        0.0, "residual dropout", unit="probability", paper="0.2", range="[0, 1)"
+    )
     pretrain_data: tuple[str, ...] = option((), "pre-training text to mix in", metavar="FILE")
     pretrain_mix: float = option(
-        0.1, "its share of the tokens", paper="0.1 before PPO", range="[0, 1)"
+        0.1, "that text", unit="share of the tokens", paper="0.1 before PPO", range="[0, 1)"
     )
-    eval_every: int = option(0, "held-out loss every so many steps, 0 = at the end of each epoch")
-    optim: OptimConfig = group(OptimConfig, lr=1e-4, warmup=0.03)
+    eval_every: int = option(
+        0, "time between held-out losses, 0 = an epoch", unit="steps", range="[0, inf)"
+    )
+    optim: OptimConfig = group(
+        OptimConfig,
+        lr=1e-4,
+        warmup=0.03,
+        paper={
+            "lr": "9.65e-6 for 1.3B",
+            "schedule": "cosine",
+            "min_lr_ratio": "0.1",
+            "warmup": "none",
+        },
+    )
     run: RunConfig = group(RunConfig)
 
     def __post_init__(self) -> None:
@@ -82,8 +100,9 @@ def run(config: SFTConfig) -> Path:
     steps = int(config.epochs * steps_per_epoch)
     text, windows_per_step, window = None, 0.0, min(context, max(len(ids) for ids, _ in rows))
     if config.pretrain_data:
-        text, _ = TokenStream.build(config.pretrain_data, tokenizer, run.directory / "tokens", 0.0)
-        text.batch(0, seed, 1, window)  # an error, before anything is written, if too short
+        text, _ = TokenStream.build(
+            config.pretrain_data, tokenizer, run.directory / "tokens", 0.0, window=window
+        )
         tokens = sum(len(ids) for ids, _ in rows) / steps_per_epoch
         windows_per_step = config.pretrain_mix / (1 - config.pretrain_mix) * tokens / window
     optimizer = AdamW(model, config.optim)

@@ -136,7 +136,9 @@ class Tokenizer:
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
-            raise UserError(f"{file}: no such tokenizer")
+            final = path / "final"
+            hint = f"; this is a run, whose tokenizer is in {final}" if final.is_dir() else ""
+            raise UserError(f"{file}: no such tokenizer{hint}")
         try:
             backend = Backend.from_file(str(file))
         except Exception as error:  # the library raises nothing narrower

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from . import __version__
-from .config import OptimConfig, RunConfig, check, flatten
+from .config import OptimConfig, RunConfig, check, check_writable, flatten
 from .errors import UserError
 from .model import GPT, load
 from .tokenizer import Tokenizer
@@ -344,6 +344,7 @@ class Run:
         check(not out.exists() or out.is_dir(), f"--out {out} is not a directory")
         traces = ("config.json", "metrics.jsonl", "checkpoints", "final", "model.safetensors")
         if not any((out / name).exists() for name in traces):
+            check_writable(config.run.out)
             return run
         check(
             config.run.resume,

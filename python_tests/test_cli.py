@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import types
@@ -52,7 +53,7 @@ class ToyConfig:
     loud: bool = option(False, "100 % noise")
     kind: str = option("a", "which", choices=("a", "b"))
     shape: Shape = group(Shape, size=6)
-    optim: OptimConfig = group(OptimConfig, hide=("schedule",), lr=0.5)
+    optim: OptimConfig = group(OptimConfig, hide=("schedule",), lr=0.5, paper={"lr": "7"})
     run: RunConfig = group(RunConfig)
 
 
@@ -67,6 +68,10 @@ def toy(monkeypatch):
             raise KeyboardInterrupt("stopped after step 3")
         if config.lambda_ < 0:
             raise RuntimeError("a bug")
+        if config.limit == 1:
+            open("/proc/nowhere/file", "w")
+        if config.limit == 2:
+            raise OSError("no number: a library's own")
 
     module = types.SimpleNamespace(ToyConfig=ToyConfig, run=run)
     monkeypatch.setitem(sys.modules, "instructcore.toy", module)
@@ -112,6 +117,8 @@ def test_help_tells_default_unit_and_paper(toy, capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "how large (metres; default 6; paper 175)" in text
     assert "--loud, --no-loud 100 % noise (default no)" in text
+    assert "highest learning rate (default 0.5; paper 7)" in text
+    assert "may be missing (default none)" in text
     assert "--lambda X" in text and "--data FILE [FILE ...]" in text and "--kind a|b" in text
     assert "The shape of something" in text and "--schedule" not in text
 
@@ -142,6 +149,27 @@ def test_interrupt_is_130_and_a_bug_is_a_traceback(toy, capsys):
     assert capsys.readouterr().err == "instructcore: stopped after step 3\n"
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["toy", *REQUIRED, "--lambda", "-1"])
+
+
+def test_what_the_system_refuses_is_one_line_and_exit_2(toy, capsys):
+    assert cli.main(["toy", *REQUIRED, "--limit", "1"]) == 2
+    expected = "instructcore: error: /proc/nowhere/file: No such file or directory\n"
+    assert capsys.readouterr().err == expected
+    with pytest.raises(OSError, match="no number"):
+        cli.main(["toy", *REQUIRED, "--limit", "2"])
+
+
+def test_given_holds_the_names_that_the_command_line_sets():
+    @dataclass(frozen=True)
+    class Config:
+        size: int = option(4, "how large")
+        shape: Shape = group(Shape)
+        given: tuple[str, ...] = ()
+
+    config = unflatten(Config, {"half": 0})
+    assert config.given == ("half",) and Config().given == ()
+    assert "given" not in flatten(config)
+    assert [item.name for item in options(Config)] == ["size", "size", "half"]
 
 
 def test_a_command_that_is_not_there_is_named(monkeypatch, capsys):
@@ -197,6 +225,23 @@ def test_every_flag_of_every_command_has_help(name):
         expected = tuple if item.many else (int, float) if item.type is float else item.type
         assert item.default is None or isinstance(item.default, expected), item.name
     cli.make_parser(name, command.help, config_class).format_help()
+
+
+def test_help_has_the_papers_values_of_each_stage():
+    values = {}
+    for name in ("pretrain", "sft", "reward", "ppo"):
+        command = cli.COMMANDS[name]
+        module = importlib.import_module(f"instructcore.{command.module}")
+        items = options(getattr(module, command.config))
+        values[name] = {item.name: item.metadata.get("paper") for item in items}
+    wanted = {"lr": ("9.65e-6 for 1.3B", "9e-6", "2.55e-6 to 2.55e-5")}
+    wanted["schedule"] = ("cosine", "cosine", "constant")
+    wanted["warmup"] = ("none", "none", "10 iterations")
+    wanted["warmup_from"] = (None, None, "0.1")
+    wanted["min_lr_ratio"] = ("0.1", "0.1", None)
+    for name, expected in wanted.items():
+        assert tuple(values[stage][name] for stage in ("sft", "reward", "ppo")) == expected
+        assert values["pretrain"][name] is None
 
 
 def test_options_refuses_unknown_words():

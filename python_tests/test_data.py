@@ -627,6 +627,12 @@ def test_a_bad_line_keeps_no_tokens(write, tmp_path):
     for _ in range(2):
         with pytest.raises(UserError, match=r"d\.jsonl:11: not valid JSON"):
             TokenStream.build(path, BYTES, tmp_path / "tokens", 0.1)
+    assert sorted(tmp_path.iterdir()) == [path]
+    (tmp_path / "run").mkdir()  # what was there before stays
+    with pytest.raises(UserError, match="longer than the context of 45 tokens"):
+        text = write("good.jsonl", good)
+        TokenStream.build(text, BYTES, tmp_path / "run" / "a" / "tokens", 0.1, window=45)
+    assert not list((tmp_path / "run").iterdir())
     path.unlink()
     train, val = TokenStream.build(write("d.jsonl", good), BYTES, tmp_path / "tokens", 0.1)
     assert len(train) == 9 * 5 and len(val) == 5

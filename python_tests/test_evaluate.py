@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from toy_data import command_line
 
-from instructcore import evaluate
+from instructcore import cli, evaluate
 from instructcore.data import Prompt
 from instructcore.errors import UserError
 from instructcore.evaluate import (
@@ -91,6 +92,7 @@ def test_samples_have_their_own_stream_each():
     """Equal prompts get unequal responses; the seed decides them all; greedy ones are equal."""
     m, same = model(), [Prompt("say", {})] * 4
     params = SamplingParams(max_tokens=6, seed=5)
+    m.extra = {"stage": "sft"}
     first = sample_responses(m, TOKENIZER, same, params)
     assert len({tuple(s.completion.token_ids) for s in first}) > 1
     again = sample_responses(m, TOKENIZER, same, params)
@@ -99,6 +101,18 @@ def test_samples_have_their_own_stream_each():
     assert first[0].sequence == first[0].prompt_ids + first[0].completion.token_ids
     greedy = sample_responses(m, TOKENIZER, same, SamplingParams(max_tokens=6, temperature=0.0))
     assert len({tuple(s.completion.token_ids) for s in greedy}) == 1
+
+
+def test_a_base_model_reads_no_marker():
+    m, params = model(), SamplingParams(max_tokens=2, seed=5)
+    raw, marked = TOKENIZER.encode("say 0"), TOKENIZER.prompt_ids("say 0")
+    for stage, told, expected in (
+        ("pretrain", None, raw), ("sft", None, marked), ("ppo", None, marked),
+        ("pretrain", True, marked), ("sft", False, raw),
+    ):  # fmt: skip
+        m.extra = {"stage": stage}
+        (found,) = sample_responses(m, TOKENIZER, prompts(1), params, told)
+        assert found.prompt_ids == expected and found.sequence[: len(expected)] == expected
 
 
 def test_mean_kl_equals_a_plain_computation():
@@ -164,6 +178,9 @@ def test_reward_model_scores_at_the_last_token(tmp_path):
         alone = scorer(torch.tensor(ids), torch.tensor([0, len(ids)], dtype=torch.int32))[-1]
         assert scores[i] == pytest.approx(alone.item(), abs=1e-5)
     assert judge(samples[::-1])[::-1] == pytest.approx(scores, abs=1e-5)
+    # It reads the marker that it was trained with, though the writer, a base model, had none.
+    raw = [s._replace(prompt_ids=s.prompt_ids[:-1]) for s in samples]
+    assert judge(raw) == pytest.approx(scores, abs=1e-5)
 
 
 def test_reward_model_with_another_tokenizer_reads_the_text(tmp_path):
@@ -195,7 +212,8 @@ def test_reward_model_rejects_what_it_cannot_read(tmp_path):
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("evaluate")
     for seed, name in enumerate(("a", "b")):
-        model(seed).save(path / name, TOKENIZER)
+        model(seed).save(path / name, TOKENIZER, extra={"stage": "sft"})
+    model().save(path / "base", TOKENIZER, extra={"stage": "pretrain"})
     rows = [{"prompt": f"say {i}", "completion": f"what {i}"} for i in range(8)]
     (path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (path / "prompts.txt").write_text("\n".join(f"say {i}" for i in range(8)))
@@ -216,11 +234,18 @@ def test_table_and_json(folder, tmp_path, capsys):
     assert third["score"] == first["score"] and third["win_rate"].mean == 0.5
     assert third["kl"] == 0.0 and second["kl"] > 0
     assert 0 <= second["eos_rate"] <= 1 and 1 <= second["length"] <= 6
-    # Held-out loss: the mean over the responses' tokens, their ends included.
+    assert first["loss"] == pytest.approx(plain_loss(TOKENIZER.prompt_ids), rel=1e-4)
+    saved = json.loads((tmp_path / "found.json").read_text())
+    assert saved["n"] == 8 and saved["rows"][1]["score"]["mean"] == second["score"].mean
+    assert "win rate" in capsys.readouterr().out
+
+
+def plain_loss(prompt_ids) -> float:
+    """Held-out loss: the mean over the responses' tokens, their ends included."""
     total = count = 0.0
     m = model(0)
     for i in range(8):
-        ids = TOKENIZER.prompt_ids(f"say {i}")
+        ids = prompt_ids(f"say {i}")
         response = TOKENIZER.encode(f"what {i}") + [TOKENIZER.eos_id]
         tokens = torch.tensor(ids + response)
         with torch.no_grad():
@@ -228,10 +253,48 @@ def test_table_and_json(folder, tmp_path, capsys):
         at = range(len(ids) - 1, len(tokens) - 1)
         total -= sum(float(logits[t].log_softmax(-1)[tokens[t + 1]]) for t in at)
         count += len(at)
-    assert first["loss"] == pytest.approx(total / count, rel=1e-4)
-    saved = json.loads((tmp_path / "found.json").read_text())
-    assert saved["n"] == 8 and saved["rows"][1]["score"]["mean"] == second["score"].mean
-    assert "win rate" in capsys.readouterr().out
+    return total / count
+
+
+def test_the_loss_of_a_base_model_is_without_marker(folder):
+    files = {"checkpoints": (str(folder / "base"),), "data": str(folder / "pairs.jsonl")}
+    (row,) = evaluate.run(EvalConfig(**files, max_tokens=3, dtype="float32"))
+    assert row["loss"] == pytest.approx(plain_loss(TOKENIZER.encode), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data", "long.txt"], "long.txt:2: a prompt must be shorter than the context of 48"),
+        (["--data", "long.jsonl"], "long.jsonl:2: 58 tokens, more than the context of 48"),
+        (["--data", "bad.jsonl"], 'bad.jsonl:2: "completion" must be a string, got 3'),
+        (["--data", "fields.jsonl"], 'fields.jsonl:2: the fields "prompt" fit no known format'),
+        (["--out", "good.txt/found.json"], "--out good.txt/found.json: there is no such"),
+    ],
+)
+def test_bad_input_is_one_line(folder, tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "good.txt").write_text("one\n")
+    (tmp_path / "long.txt").write_text("one\n" + "x" * 48)
+    first, good = {"prompt": "one", "completion": "two"}, {"prompt": "three"}
+    rows = {"long": {"completion": "x" * 51}, "bad": {"completion": 3}, "fields": {}}
+    for name, row in rows.items():
+        lines = map(json.dumps, (first, good | row))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    arguments = command_line("eval", flags, data="good.txt", max_tokens="2")
+    assert cli.main([arguments[0], str(folder / "a"), *arguments[1:]]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_messages_without_a_response_are_prompts_alone(folder, tmp_path):
+    asked = {"messages": [{"role": "user", "content": "say"}]}
+    told = {"messages": [*asked["messages"], {"role": "assistant", "content": "what"}]}
+    for record, known in ((asked, False), (told, True)):
+        (tmp_path / "chat.jsonl").write_text(json.dumps(record))
+        files = {"checkpoints": (str(folder / "a"),), "data": str(tmp_path / "chat.jsonl")}
+        (row,) = evaluate.run(EvalConfig(**files, max_tokens=2))
+        assert (row["loss"] is not None) == known
 
 
 def test_without_judge_or_references(folder):

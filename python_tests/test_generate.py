@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from instructcore import generate
+from instructcore import cli, generate
 from instructcore.errors import UserError
 from instructcore.generate import (
     ChatConfig,
@@ -331,6 +331,8 @@ def test_rejects(model):
         ([], "at least one token"),
         ([1] * 96, "shorter than the context of 96 tokens, got 96"),
         ([1, 259], r"token ids must be in 0 \.\. 258, got 1 \.\. 259"),
+        ("Hello", r"must be token ids, such as those of tokenizer.prompt_ids\(text\), got 'Hello'"),
+        (7, "must be token ids, .*, got 7"),
     ):
         with pytest.raises(UserError, match=message):
             generator.generate([[1], prompt])
@@ -409,6 +411,32 @@ def test_command_generate(checkpoint, instructed, capsys, tmp_path):
         GenerateConfig(checkpoint)
     with pytest.raises(UserError, match="no checkpoint at"):
         generate.run(GenerateConfig(str(tmp_path / "none"), prompt="x"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prompt", "x" * 96], "a prompt must be shorter than the context of 96 tokens, got 96"),
+        (["--prompts", "long.txt"], "long.txt:3: a prompt must be shorter than the context of 96"),
+        (["--prompts", "empty.jsonl"], "empty.jsonl:2: a prompt needs at least one token"),
+        (["--prompts", "good.txt", "--out", "no/such/o.jsonl"], "--out no/such/o.jsonl: there is"),
+        (["--prompts", "good.txt", "--out", "good.txt/o"], "--out good.txt/o: there is no such"),
+        (["--prompts", "good.txt", "--out", "good.txt"], "--out good.txt exists already"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_work(
+    checkpoint, tmp_path, monkeypatch, capsys, flags, message
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Generator, "_run", None)
+    (tmp_path / "good.txt").write_text("one\n")
+    (tmp_path / "long.txt").write_text("one\n\n" + "x" * 96)
+    (tmp_path / "empty.jsonl").write_text('{"prompt": "x"}\n{"prompt": ""}\n')
+    before = sorted(tmp_path.iterdir())
+    assert cli.main(["generate", checkpoint, *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_command_chat(instructed, checkpoint, capsys, monkeypatch):

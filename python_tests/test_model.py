@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from instructcore.errors import UserError
 from instructcore.model import FAMILIES, GPT, KVCache, ModelConfig, load
+from instructcore.tokenizer import Tokenizer
 
 TINY = {"vocab_size": 131, "context": 96, "layers": 2, "heads": 4, "width": 64, "mlp_width": 96}
 
@@ -397,7 +398,14 @@ def test_rejects_checkpoints(tmp_path):
         ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "rotary scaling 'linear'"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"num_key_value_heads": 3}, "kv-heads must divide --heads"),
-        ({"num_hidden_layers": "two"}, "config.json"),
+        ({"num_hidden_layers": "two"}, 'num_hidden_layers must be of type int, got "two"'),
+        ({"num_hidden_layers": 1.0}, "config.json: num_hidden_layers must be of type int, got 1.0"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings must be of type bool, got 1"),
+        ({"rope_parameters": [1]}, r"rope_parameters must be of type dict, got \[1\]"),
+        ({"instructcore": None}, "instructcore must be of type dict, got null"),
+        ({"instructcore": {"dropout": "x"}}, "instructcore.dropout must be of type float"),
+        ({"eos_token_id": [1, "x"]}, "eos_token_id must be of type int"),
+        ({"id2label": 3}, "id2label must be of type dict, got 3"),
     ):
         config.write_text(json.dumps(good | changes))
         rejected(match)
@@ -405,6 +413,18 @@ def test_rejects_checkpoints(tmp_path):
     rejected("not a readable JSON file")
     config.write_text("[1]")
     rejected("must hold a JSON object")
+    config.write_text(json.dumps(good))
+    file.rename(tmp_path / "model-1.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
+    rejected("index.json: weight_map must map names of tensors to files")
+
+
+def test_a_run_is_no_checkpoint(tmp_path):
+    """The message says where its model is."""
+    GPT(tiny()).save(tmp_path / "final")
+    for read in (load, Tokenizer.load):
+        with pytest.raises(UserError, match="a run, whose .* is .*final"):
+            read(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tolerance import assert_same_bits
+from toy_data import command_line
 
+from instructcore import cli
 from instructcore import ppo as ppo_module
-from instructcore.config import OptimConfig, RunConfig
+from instructcore.config import OptimConfig, RunConfig, unflatten
 from instructcore.data import Prompt, TokenStream
 from instructcore.errors import UserError
 from instructcore.evaluate import Sample, make_judge
@@ -618,6 +621,37 @@ def test_presets(capsys):
     assert paper.steps * paper.batch == 256_000 and paper.ptx_batch == 8 * paper.minibatch
     mine = PPOConfig(**paths, preset="instructgpt", batch=64, optim=OptimConfig(lr=1e-3))
     assert mine.batch == 64 and mine.optim.lr == 1e-3 and mine.ptx_coef == 27.8
+    left = paper.from_preset().keys() - mine.from_preset().keys()
+    assert left == {"batch", "lr"} and mine.from_preset()["kl_coef"] == (0.02, "C.4")
+
+
+def test_presets_leave_alone_what_is_given():
+    """Even at its default; a copy with another setting keeps it so."""
+    paths = dict(init="a", reward="b", prompts=("c",))
+    given = {"kl_coef": 0.05, "lr": 1e-4, "export_ema": False}
+    told = unflatten(PPOConfig, {**paths, "preset": "instructgpt", **given})
+    for config in (told, replace(told, run=RunConfig(seed=1))):
+        assert (config.kl_coef, config.optim.lr, config.export_ema) == (0.05, 1e-4, False)
+        assert config.batch == 512 and not given.keys() & config.from_preset().keys()
+    config = PPOConfig(**paths, preset="instructgpt", given=("kl_coef",))
+    assert config.kl_coef == 0.05 and config.from_preset()["batch"] == (512, "C.4")
+    with pytest.raises(UserError, match="given must name settings, got kl-coef"):
+        PPOConfig(**paths, given=("kl-coef",))
+
+
+def test_a_run_prints_what_the_preset_sets_and_no_more(folder, tmp_path, capsys):
+    arguments = dict(
+        init=folder / "init", reward=folder / "reward", prompts=folder / "prompts.jsonl",
+        out=tmp_path / "run", preset="instructgpt", steps=1, batch=4, minibatch=4, max_tokens=4,
+        kl_coef=0.05,
+    )  # fmt: skip
+    flags = [w for k, v in arguments.items() for w in (f"--{k.replace('_', '-')}", str(v))]
+    assert cli.main(["ppo", *flags]) == 0
+    printed = capsys.readouterr().out
+    assert "preset instructgpt: ptx_coef 27.8 (C.4)" in printed
+    assert not [name for name in arguments if f"preset instructgpt: {name} " in printed]
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
+    assert saved["kl_coef"] == 0.05 and saved["ptx_coef"] == 27.8 and "given" not in saved
 
 
 # ---- Mistakes
@@ -635,6 +669,7 @@ def test_presets(capsys):
         ({"temperature": 0.0}, "--temperature must be in"),
         ({"ema": 0.0, "export_ema": True}, "--export-ema needs --ema"),
         ({"prompts": ()}, "--prompts is missing"),
+        ({"reward": "gold"}, "--reward gold: PPO never sees the rule"),
     ],
 )
 def test_rejects_settings(changes, message):
@@ -648,6 +683,7 @@ def test_rejects_settings(changes, message):
         ({}, None, "--reward is missing"),
         ({"reward": "no.such.module:f"}, None, "cannot load the function no.such.module:f"),
         ({"reward": "json:nothing"}, None, "cannot load the function json:nothing"),
+        ({"reward": "json:__name__"}, None, "json:__name__ must be a function, got 'json'"),
         ({"reward": "nowhere"}, None, "nowhere"),
         ({}, lambda p, r, c: [1.0], "must return a score per response, got 1 for 8"),
         ({}, lambda p, r, c: [math.nan] * len(p), "a reward must be finite, got nan"),
@@ -659,6 +695,51 @@ def test_rejects_what_a_run_finds(folder, tmp_path, changes, reward, message):
     with pytest.raises(UserError, match=message):
         ppo_module.run(config, reward)
     assert not (tmp_path / "run" / "final").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--reward", "gold"], "--reward gold: PPO never sees the rule that judges it"),
+        (["--reward", "nowhere"], "no checkpoint at nowhere"),
+        (["--reward", "json:nothing"], "cannot load the function json:nothing"),
+        (["--reward", "cut"], "model.safetensors: not a readable safetensors file"),
+        (["--reward", "init"], "is no reward model: it has no scalar head"),
+        (["--prompts", "long.txt"], "1 of 1 prompts with 6 more tokens of response do not fit"),
+        (["--pretrain-data", "text.txt", "--ptx-context", "48", "--prompts", "none"], "none: No"),
+        (["--pretrain-data", "short.txt", "--ptx-context", "48"], "longer than the context of 48"),
+        (["--out", "text.txt/run"], "--out text.txt/run: "),
+        (["--out", "/proc/nowhere/run"], "/proc/nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(
+    folder, tmp_path, monkeypatch, capsys, flags, message
+):
+    for name in ("init", "reward"):
+        shutil.copytree(folder / name, tmp_path / name)
+    shutil.copytree(folder / "reward", tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    monkeypatch.chdir(tmp_path)
+    for name, words in {"prompts": 3, "long": 20, "text": 40, "short": 4}.items():
+        (tmp_path / f"{name}.txt").write_text("hello " * words)
+    before = sorted(tmp_path.rglob("*"))
+    defaults = {"init": "init", "reward": "reward", "prompts": "prompts.txt", "out": "runs/run"}
+    defaults |= {"batch": "4", "minibatch": "4", "max_tokens": "6", "steps": "1"}
+    assert cli.main(command_line("ppo", flags, **defaults)) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and "--overlong" not in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_directory_in_use_is_left_alone(folder, tmp_path, capsys):
+    ppo_module.run(whole(folder, tmp_path / "run", steps=1), letters)
+    before = files_of(tmp_path)
+    flags = ["--prompts", str(folder / "prompts.jsonl"), "--out", str(tmp_path / "run")]
+    flags += ["--init", str(folder / "init"), "--reward", str(folder / "reward")]
+    assert cli.main(["ppo", *flags]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert files_of(tmp_path) == before
 
 
 def test_rejects_wrong_checkpoints(folder, tmp_path):

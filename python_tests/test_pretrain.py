@@ -125,12 +125,19 @@ def test_tokenizers(tmp_path):
 
 def test_init_goes_on_from_a_checkpoint(tmp_path):
     base = save_model(tmp_path / "base", context=16, width=32)
-    config = config_for(tmp_path, init=str(base), model=ModelConfig(dropout=0.1))
+    own = {"init": str(base), "tokenizer": "bpe"}
+    config = config_for(tmp_path, **own, model=ModelConfig(dropout=0.1))
     final = load(run(config))
     assert (final.config.width, final.config.dropout) == (32, 0.1)
     other = RunConfig(dtype="float32", out=str(tmp_path / "other"))
-    with pytest.raises(UserError, match="shape: --width cannot be set beside it"):
-        run(config_for(tmp_path, init=str(base), model=ModelConfig(width=32), run=other))
+    for settings, flags in (
+        ({"model": ModelConfig(width=32)}, "--width"),
+        ({"tokenizer": "bytes", "vocab_size": 300}, "--tokenizer, --vocab-size"),
+        ({"given": ("vocab_size", "steps")}, "--vocab-size"),
+    ):
+        settings = own | {"model": ModelConfig(), "run": other} | settings
+        with pytest.raises(UserError, match=f"shape: {flags} cannot be set beside it"):
+            run(config_for(tmp_path, **settings))
     assert not (tmp_path / "other").exists()
 
 
@@ -160,6 +167,8 @@ SMALL += "--steps 3 --dtype float32".split()
         (["--val-fraction", "1"], "--val-fraction must be in [0, 1), got 1"),
         (["--init", "nowhere"], "no checkpoint at nowhere"),
         (["--tokenizer", "nothing.json"], "nothing.json: no such tokenizer"),
+        (["--out", "text.txt/run"], "--out text.txt/run: "),
+        (["--out", "/proc/nowhere/run"], "/proc/nowhere"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
     ],
 )
@@ -170,12 +179,11 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys,
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n{"text": \n')
     write_jsonl(tmp_path / "fields.jsonl", [{"txt": "x"}])
-    arguments = command_line("pretrain", [*SMALL, *flags], data="text.txt", out="run")
+    arguments = command_line("pretrain", [*SMALL, *flags], data="text.txt", out="runs/run")
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
-    assert not (tmp_path / "run" / "config.json").exists()  # nothing that a next run would meet
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "runs").exists()  # not even tokens
 
 
 def test_a_directory_in_use_is_left_alone(tmp_path, capsys):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from toy_data import (
     command_line,
+    files_of,
     read_metrics,
     save_model,
     write_comparisons,
@@ -211,6 +212,12 @@ def test_chosen_and_rejected_pairs(tmp_path):
         (["--batch", "100"], "--batch must be at most the 43 prompts to train on, got 100"),
         (["--micro-batch", "3"], "--micro-batch must divide --batch, got 3 and 8"),
         (["--demonstrations", "missing.jsonl"], "missing.jsonl: No such file"),
+        (
+            ["--demonstrations", "said.jsonl", "--overlong", "error"],
+            "said.jsonl:2: 43 tokens",
+        ),
+        (["--out", "data.jsonl/run"], "--out data.jsonl/run: "),
+        (["--out", "/proc/nowhere/run"], "/proc/nowhere"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys, flags, message):
@@ -219,10 +226,43 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys,
     write_comparisons(tmp_path / "data.jsonl")
     tie = {"prompt": "x", "responses": ["a", "b"], "ranks": [1, 1]}
     write_jsonl(tmp_path / "ties.jsonl", [tie])
+    said = [{"prompt": "x", "response": "y" * n} for n in (1, 40)]
+    write_jsonl(tmp_path / "said.jsonl", said)
     write_jsonl(tmp_path / "one.jsonl", [{"prompt": "x", "responses": ["a"], "ranks": [1]}])
     write_jsonl(tmp_path / "long.jsonl", [{"prompt": "x", "chosen": "y" * 40, "rejected": "z"}])
     defaults = {"init": "base", "data": "data.jsonl", "out": "run", "batch": "8"}
     assert cli.main(command_line("reward", flags, **defaults)) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
-    assert not (tmp_path / "run" / "config.json").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_in_use_is_left_alone(tmp_path, capsys):
+    config = config_for(tmp_path)
+    run(config)
+    before = files_of(tmp_path)
+    flags = ["--init", config.init, "--data", *config.data, "--out", config.run.out]
+    assert cli.main(["reward", *flags]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert files_of(tmp_path) == before
+
+
+def test_overlong_truncate():
+    """A response is cut at the context; a prompt that leaves none is left out."""
+    tokenizer = Tokenizer.bytes()
+    short = [Comparison("a", ("b", "c"), (1.0, 2.0), {})] * 5
+    cut = Comparison("a", ("b" * 40, "c"), (1.0, 2.0), {})
+    full = Comparison("a" * 40, ("b", "c"), (1.0, 2.0), {})
+    found = encode([*short, cut, full], tokenizer, 8, "truncate")
+    assert len(found) == 6 and found[-1].rows == [[97, 258, *[98] * 6], [97, 258, 99, 257]]
+
+
+def test_demonstrations_obey_overlong(tmp_path):
+    said = [{"prompt": "x", "response": "y" * n} for n in (1, 40)]
+    demonstrations = str(write_jsonl(tmp_path / "said.jsonl", said))
+    final = run(config_for(tmp_path, demonstrations=(demonstrations,), overlong="truncate"))
+    rows = encode_demonstrations(
+        read_demonstrations(demonstrations), Tokenizer.load(final), 32, "truncate"
+    )
+    assert len(rows) == 2
+    assert abs(mean_score(load(final), [ids for ids, _ in rows])) < 1e-5

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from toy_data import (
     WORDS,
     command_line,
+    files_of,
     read_metrics,
     save_model,
     write_demonstrations,
@@ -160,12 +161,17 @@ def test_overlong_rows(tmp_path, capsys):
         (["--batch", "100"], "--batch must be at most the 46 demonstrations to train on, got 100"),
         (["--micro-batch", "3"], "--micro-batch must divide --batch, got 3 and 8"),
         (["--pretrain-data", "missing.txt"], "missing.txt: No such file"),
+        (["--pretrain-data", "short.txt"], "the training text must be longer than the context"),
+        (["--pretrain-data", "bad.jsonl"], "bad.jsonl:1: not valid JSON"),
+        (["--out", "data.jsonl/run"], "--out data.jsonl/run: "),
+        (["--out", "/proc/nowhere/run"], "/proc/nowhere"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(tmp_path)
     write_demonstrations(tmp_path / "data.jsonl")
     (tmp_path / "bad.jsonl").write_text("{\n")
+    (tmp_path / "short.txt").write_text("red")
     write_jsonl(tmp_path / "fields.jsonl", [{"ask": "x", "say": "y"}])
     for name in ("base", "cut", "shape"):
         save_model(tmp_path / name, width=32 if name == "shape" else 16)
@@ -177,4 +183,14 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys,
     assert cli.main(command_line("sft", flags, **defaults)) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
-    assert not (tmp_path / "run" / "config.json").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_in_use_is_left_alone(tmp_path, capsys):
+    config = config_for(tmp_path)
+    run(config)
+    before = files_of(tmp_path)
+    flags = ["--init", config.init, "--data", *config.data, "--out", config.run.out]
+    assert cli.main(["sft", *flags]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert files_of(tmp_path) == before

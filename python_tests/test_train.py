@@ -255,10 +255,26 @@ def test_skipped_steps_are_counted_and_resumed(tmp_path):
     def spoil(index, loss):  # a finite loss with an infinite gradient
         return loss + (torch.sqrt(loss.detach() * 0 + (loss - loss.detach())) if index == 1 else 0)
 
-    run_toy(tmp_path / "run", step_hook=spoil)
+    def stop(index, loss):
+        if index == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return spoil(index, loss)
+
+    with pytest.raises(KeyboardInterrupt, match="after step 3"):
+        run_toy(tmp_path / "run", step_hook=stop)
     lines = metrics(tmp_path / "run")
     assert lines[1]["grad_norm"] is None and lines[-1]["skipped_steps"] == 1
     assert "skipped_steps" not in lines[0]
+
+    def spoil_again(index, loss):
+        return spoil(1 if index == 4 else 0, loss)
+
+    run_toy(tmp_path / "run", resume=True, step_hook=spoil_again)
+    assert [line.get("skipped_steps", 0) for line in metrics(tmp_path / "run")] == [
+        0, 1, 1, 1, 2, 2, 2
+    ]  # fmt: skip
+    trainer = json.loads((tmp_path / "run" / "final" / "state" / "trainer.json").read_text())
+    assert trainer["extra"]["skipped_steps"] == 2
 
 
 def test_incomplete_checkpoints_are_never_picked(tmp_path):
