@@ -8,7 +8,8 @@
 //
 // Backward, given dout and dlse:
 //   delta[t] = dout[t] . out[t] - dlse[t],  dlogit = p (dout[t] . v[s] - delta[t])
-//   dv[s] = sum over t of p dout[t],  dsink = -sum over t of e^(sink - lse) delta
+//   dv[s] = sum over t of p dout[t]
+//   dsink = -sum over t that see a key of e^(sink - lse[t]) delta[t]
 //   dq and dk follow from dlogit and softcap' = 1 - tanh^2
 //
 // A row without a visible key: out 0, lse the sink or -inf, no gradient. Masked pairs are left out

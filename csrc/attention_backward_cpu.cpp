@@ -235,7 +235,7 @@ class BackwardTask {
   float *q_, *dout_, *grad_q_, *lse_, *delta_, *p_, *dlogit_;
 };
 
-// dsink = -sum over all rows of e^(sink - lse) delta, in their order.
+// dsink = -sum over the rows that see a key of e^(sink - lse) delta, in their order.
 void sink_gradient(const AttentionBackwardArgs& b, int64_t head) {
   const AttentionArgs& a = b.forward;
   const int64_t kv_head = head * a.kv_heads / a.heads, padded = round_up(a.dim, kLanes);
@@ -247,6 +247,7 @@ void sink_gradient(const AttentionBackwardArgs& b, int64_t head) {
     const Rows out_rows = query_rows(a.out, a.dtype, s, kv_head);
     for (int64_t t = 0; t < s.queries; ++t) {
       const int64_t at = lse_index(a, s, head, t), row = t * s.group + head % s.group;
+      if (s.end_seen(row) <= s.first_seen(row)) continue;
       const float share = lanes_of(exp_normal(broadcast(a.sinks[head] - a.lse[at])))[0];
       if (!(a.sinks[head] > -__FLT_MAX__)) continue;
       pack_rows(a.dtype, dout_rows, row, 1, a.dim, 1.0f, dout);

@@ -30,8 +30,9 @@ struct Job {
 class Pool {
  public:
   void run(Job& job, int helpers) {
+    if (inside_) return job.work();  // first, for this thread may hold the lock
     std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
-    if (!owner.owns_lock() || inside_) return job.work();
+    if (!owner.owns_lock()) return job.work();
     {
       std::lock_guard<std::mutex> lock(state_);
       for (; workers_ < helpers; ++workers_) std::thread([this] { serve(); }).detach();

@@ -9,7 +9,8 @@
 //            over the normalizer
 //
 // Tokens are cut into segments: a row each where w depends on the row ("sequence"), else fixed blocks. A
-// segment's sums are its own; they are added in order, so bits do not depend on the threads.
+// segment's sums are its own; they are added in order, so bits do not depend on the threads. Packed tokens
+// outside every row count nowhere and have gradient 0.
 #pragma once
 
 #include <stdint.h>

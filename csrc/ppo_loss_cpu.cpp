@@ -141,9 +141,21 @@ void run_segment(const PpoLossArgs& a, Segment segment, Coefficients c, double* 
   }
 }
 
+// Packed tokens before the first and after the last row belong to no row.
+void clear_gaps(const PpoLossArgs& a) {
+  if (!a.cu_seqlens) return;
+  float* const gradients[] = {a.grad_logprobs, a.grad_values, a.grad_entropy};
+  for (float* gradient : gradients) {
+    if (!gradient) continue;
+    for (int64_t i = 0; i < a.cu_seqlens[0]; ++i) gradient[i] = 0.0f;
+    for (int64_t i = a.cu_seqlens[a.segments]; i < a.tokens; ++i) gradient[i] = 0.0f;
+  }
+}
+
 }  // namespace
 
 void ppo_loss_cpu(const PpoLossArgs& a) {
+  clear_gaps(a);
   const int64_t per_segment = a.tokens / (a.segments + 1) + 1;
   const int64_t grain = 2048 / per_segment + 1;
   double total = 0;

@@ -3,8 +3,10 @@
 //
 // With y = x / T, lse = log sum_j e^y[j], l[j] = y[j] - lse, p = e^l, a row that is neither masked
 // nor ignored:
-//   logprob = l[t]                entropy H = -sum_j p[j] l[j]          top1 = t is the lowest
-//   argmax dx[j] = (g_logprob ([j = t] - p[j]) - g_entropy p[j] (l[j] + H)) / T
+//   logprob   = l[t]
+//   entropy H = -sum_j p[j] l[j]
+//   top1      = t is the lowest argmax
+//   dx[j]     = (g_logprob ([j = t] - p[j]) - g_entropy p[j] (l[j] + H)) / T
 // Other rows: all outputs 0, gradient 0, logits not read.
 #pragma once
 

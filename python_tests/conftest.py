@@ -60,6 +60,29 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def dirty_memory():
+    """Fresh tensors hold NaN, so what a kernel leaves out shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def peak():
+    """peak(f): the bytes that f() holds at most at a time, on the CPU, and its result."""
+
+    def measure(f):
+        with torch.profiler.profile(profile_memory=True) as profile:
+            result = f()
+        events = profile.profiler.kineto_results.events()
+        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+        held = torch.tensor([0, *(size for _, size in changes)]).cumsum(0)
+        return int(held.max()), result
+
+    return measure

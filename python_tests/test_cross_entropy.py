@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerance import assert_close, assert_same_bits
+from tolerance import assert_close, assert_differentiable_once, assert_same_bits
 
 from instructcore import _C
 from instructcore.ops import cross_entropy, cross_entropy_reference
@@ -263,6 +263,9 @@ def test_rejects(device):
         call(logits[0])
     with pytest.raises(ValueError, match=r"cross_entropy: targets must be \(4,\), got \(3,\)"):
         call(t=targets[:3])
+    for wrong in (torch.int64, torch.bool, torch.float64):
+        with pytest.raises(TypeError, match="cross_entropy: weight must be float32, bfloat16 or"):
+            call(weight=torch.ones(9, device=device, dtype=wrong))
     with pytest.raises(ValueError, match=r"cross_entropy: weight must be \(9,\)"):
         call(weight=torch.ones(8, device=device))
     with pytest.raises(ValueError, match='reduction must be "mean", "sum" or "none", got \'max\''):
@@ -283,7 +286,18 @@ def test_rejects(device):
     loss, grad = gradient(cross_entropy, logits, targets, reduction="none")
     assert loss[:3].isnan().all() and loss[3].isfinite()
     assert grad[:3].isnan().any(1).all() and grad[3].isfinite().all()
-    x, scale = logits.clone().requires_grad_(), torch.ones((), requires_grad=True)
-    (grad,) = torch.autograd.grad(scale * call(x), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_double_backward(device, dtype, reduction):
+    logits, targets = inputs((4, 9), dtype, device)
+    assert_differentiable_once(
+        "cross_entropy", lambda x: cross_entropy(x, targets, reduction=reduction).sum(), logits
+    )
+    # The loss may be changed in place before its backward.
+    x = logits.clone().requires_grad_()
+    loss = cross_entropy(x, targets, reduction=reduction)
+    loss /= 2
+    loss.sum().backward()
+    _, whole = gradient(cross_entropy, logits, targets, reduction=reduction)
+    assert torch.allclose(2 * x.grad.float(), whole.float(), rtol=2**-7, atol=2**-23)

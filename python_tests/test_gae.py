@@ -114,6 +114,17 @@ def test_packed_steps_outside_every_row_are_zero(device):
     assert advantages.tolist() == [0, 0, 2, 1, 0, 0]
 
 
+def test_bootstrap_of_any_float_type(device, dtype):
+    rewards, values, mask, dones, bootstrap = inputs((3, 7), dtype, device)
+    options = {"gamma": GAMMA, "lambda_": LAMBDA, "dones": dones}
+    low = bootstrap.to(dtype)
+    for bootstrap in (low, low.repeat_interleave(2)[::2]):
+        ours = gae(rewards, values, mask, bootstrap=bootstrap, **options)
+        same = gae(rewards, values, mask, bootstrap=low.float(), **options)
+        for a, b in zip(ours, same, strict=True):
+            assert_same_bits(a, b)
+
+
 def test_deterministic(device, threads):
     rewards, values, mask, dones, bootstrap = inputs((257, 129), device=device)
     options = {"gamma": GAMMA, "lambda_": LAMBDA, "dones": dones, "bootstrap": bootstrap}
@@ -189,6 +200,8 @@ def test_rejects():
         call(x[0], x[0])
     with pytest.raises(ValueError, match=r"gae: rewards must be \(N,\)"):
         call(cu_seqlens=torch.tensor([0, 2], dtype=torch.int32))
+    with pytest.raises(TypeError, match="gae: bootstrap must be float32, bfloat16 or float16, got"):
+        call(bootstrap=torch.zeros(2).long())
     with pytest.raises(ValueError, match=r"gae: bootstrap must be \(2,\)"):
         call(bootstrap=torch.zeros(3))
     with pytest.raises(ValueError, match="on cpu, got meta"):

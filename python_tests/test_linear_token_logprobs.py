@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerance import assert_close, assert_same_bits
+from tolerance import assert_close, assert_differentiable_once, assert_same_bits
 
 from instructcore.ops import (
     linear_token_logprobs,
@@ -102,20 +102,27 @@ def test_gradients(device, dtype, shape, workspace, entropy, kept):
     assert ours[0][~mask].eq(0).all()
 
 
-def test_deterministic(device, dtype):
+@pytest.mark.parametrize("workspace", [None, SMALL], ids=["whole", "chunks"])
+def test_deterministic(device, dtype, workspace, threads):
     *leaves, targets, temperature = inputs((200, 1025, 24), dtype, device)
     upstream = torch.randn(2, 200, device=device)
-    options = {"temperature": temperature, "max_workspace_bytes": SMALL}
+    options = {"temperature": temperature, "max_workspace_bytes": workspace}
     hidden, weight, bias = leaves
-    first, again = (
-        (
-            *linear_token_logprobs(hidden, weight, targets, bias=bias, **options),
-            *gradients(linear_token_logprobs, leaves, targets, upstream, **options),
+    native = gradients(plain, leaves, targets, upstream, temperature=temperature)
+    truth = gradients(plain, leaves, targets, upstream, torch.float64, temperature=temperature)
+    for n in (1, 2, 3):
+        threads(n)
+        first, again = (
+            (
+                *gradients(linear_token_logprobs, leaves, targets, upstream, **options),
+                *linear_token_logprobs(hidden, weight, targets, bias=bias, **options),
+            )
+            for _ in range(2)
         )
-        for _ in range(2)
-    )
-    for a, b in zip(first, again, strict=True):
-        assert_same_bits(a, b)
+        for a, b in zip(first, again, strict=True):
+            assert_same_bits(a, b)
+        for a, b, c in zip(first[:3], native, truth, strict=True):
+            assert_close(a, b, c, name=f"{n} threads")  # torch's GEMMs round by their number
 
 
 def test_identities(device):
@@ -197,6 +204,8 @@ def test_rejects(device):
         call(bias=bias[:5])
     with pytest.raises(ValueError, match=rf"{op}: temperature must be \(4,\)"):
         call(temperature=temperature[:3])
+    with pytest.raises(TypeError, match=f"{op}: temperature must be float32, .*, got torch.int64"):
+        call(temperature=targets)
     for bad in (0.0, temperature - 2):
         with pytest.raises(ValueError, match=f"{op}: temperature must be above 0"):
             call(temperature=bad)
@@ -209,3 +218,14 @@ def test_rejects(device):
     hidden[0, 0] = float("nan")
     out = call()
     assert out.logprobs[0].isnan() and out.logprobs[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("entropy", [True, False])
+def test_double_backward(device, dtype, entropy):
+    hidden, weight, bias, targets, _ = inputs((4, 9, 8), dtype, device)
+
+    def loss(hidden, weight, bias):
+        out = linear_token_logprobs(hidden, weight, targets, bias=bias, entropy=entropy)
+        return out.logprobs.sum() + (out.entropy.sum() if entropy else 0.0)
+
+    assert_differentiable_once("linear_token_logprobs", loss, hidden, weight, bias)

@@ -84,6 +84,17 @@ def test_matches_reference(device, dtype, shape, options, isa):
         assert_close(a, b, c, name=name)
 
 
+def test_bootstrap_of_any_float_type(device, dtype):
+    tensors = inputs((3, 7), dtype, device)
+    bootstrap = torch.randn(3, device=device).to(dtype)
+    ours = ppo_advantage(*tensors, **SETTINGS, bootstrap=bootstrap)
+    same = ppo_advantage(*tensors, **SETTINGS, bootstrap=bootstrap.float())
+    for a, b in zip(ours, same, strict=True):
+        assert_same_bits(a, b)
+    with pytest.raises(TypeError, match="ppo_advantage: bootstrap must be float32, .* torch.int64"):
+        ppo_advantage(*tensors, **SETTINGS, bootstrap=bootstrap.long())
+
+
 def test_packed_equals_padded(device):
     lengths = [5, 1, 33, 12]
     scores, logprobs, ref, values, mask = inputs((4, 33), device=device)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tolerance import assert_close, assert_same_bits
+from tolerance import assert_close, assert_differentiable_once, assert_same_bits
 
 from instructcore.ops import ppo_loss, ppo_loss_reference
 
@@ -142,6 +142,31 @@ def test_packed_equals_padded(device):
             assert torch.allclose(a[2][name][inside], b[2][name], rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("ends", [[1, 4], [0, 2, 2, 5], [6, 6], [3], [0]], ids=str)
+def test_packed_tokens_outside_every_row_count_nowhere(device, ends, dirty_memory):
+    cu = torch.tensor(ends, dtype=torch.int32, device=device)
+    tensors = {k: v[0] for k, v in inputs((1, 6), device=device).items()}
+    tensors["mask"] = torch.ones_like(tensors["mask"])
+    options = {"aggregate": "sequence", "cu_seqlens": cu, **EVERYTHING}
+    ours = run(ppo_loss, tensors, **options)
+    native = run(ppo_loss_reference, tensors, **options)
+    truth = run(ppo_loss_reference, tensors, torch.float64, **options)
+    assert_close(ours[0], native[0], truth[0], name="loss")
+    assert_close(ours[1], native[1], truth[1], name="sums")
+    assert ours[1][0] == ends[-1] - ends[0]
+    outside = torch.ones(6, dtype=torch.bool, device=device)
+    outside[ends[0] : ends[-1]] = False
+    for name in DIFFERENTIABLE:
+        assert_close(ours[2][name], native[2][name], truth[2][name], name=name)
+        assert ours[2][name][outside].eq(0).all()
+    # Whatever is there.
+    dirty = {k: v if k == "mask" else v.masked_fill(outside, math.nan) for k, v in tensors.items()}
+    again = run(ppo_loss, dirty, **options)
+    assert_same_bits(again[0], ours[0])
+    for name in DIFFERENTIABLE:
+        assert_same_bits(again[2][name], ours[2][name])
+
+
 def test_deterministic(device, threads):
     tensors = inputs((64, 300), device=device)
     first = run(ppo_loss, tensors, **EVERYTHING)
@@ -242,10 +267,28 @@ def test_rejects():
     with pytest.raises(RuntimeError, match="ppo_loss: cu_seqlens must"):
         cu = torch.tensor([0, 9], dtype=torch.int32)
         ppo_loss(**{k: v[0] for k, v in base.items()}, aggregate="sequence", cu_seqlens=cu)
+    with pytest.raises(ValueError, match=r"ppo_loss: cu_seqlens must be \(B \+ 1,\), got \(0,\)"):
+        cu = torch.zeros(0, dtype=torch.int32)
+        ppo_loss(**{k: v[0] for k, v in base.items()}, aggregate="sequence", cu_seqlens=cu)
+    for name, least, values in (
+        ("clip_range", 0, (0.0, -0.2, math.nan)),
+        ("clip_range_high", 0, (0.0, -0.2)),
+        ("value_clip_range", 0, (0.0, -1.0)),
+        ("dual_clip", 1, (1.0, 0.5, -3.0)),
+    ):
+        for bad in values:
+            with pytest.raises(
+                ValueError, match=f"ppo_loss: {name} must be above {least}, got {bad}"
+            ):
+                ppo_loss(**base, **{name: bad})
     nan = {**base, "logprobs": base["logprobs"] * float("nan")}
     assert ppo_loss(**nan)[0].isnan()  # an unmasked NaN is shown
-    leaf = base["logprobs"].clone().requires_grad_()
-    loss, _ = ppo_loss(**{**base, "logprobs": leaf})
-    (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
-    with pytest.raises(RuntimeError):
-        gradient.sum().backward()
+
+
+def test_double_backward(device):
+    tensors = inputs((2, 3), device=device)
+
+    def loss(*leaves):
+        return ppo_loss(**{**tensors, **dict(zip(DIFFERENTIABLE, leaves, strict=True))})[0]
+
+    assert_differentiable_once("ppo_loss", loss, *(tensors[name] for name in DIFFERENTIABLE))

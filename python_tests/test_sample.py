@@ -269,6 +269,15 @@ def test_deterministic(device, threads):
             assert_same_bits(a[rows], b)
 
 
+def test_seeds_of_64_bits(device):
+    logits = torch.randn(50, 700, device=device)
+    for seed in (2**63, 2**63 + 12345, 2**64 - 1):
+        wide = sample(logits, seeds=seed, positions=0)
+        same = sample(logits, seeds=torch.tensor(seed - 2**64, device=device), positions=0)
+        assert torch.equal(wide.tokens, same.tokens)
+        assert not torch.equal(wide.tokens, sample(logits, seeds=seed - 2**63, positions=0).tokens)
+
+
 def test_same_bits_with_and_without_avx512():
     levels = [level for level in _C.isa_levels() if level in ("x86_64_v3", "x86_64_v4")]
     if len(levels) < 2:
@@ -401,6 +410,10 @@ def test_rejects(device):
         call(bias=torch.zeros(6, device="meta"))
     with pytest.raises(ValueError, match="sample: repetition must be in"):
         call(penalties=Penalties(repetition=0.0))
+
+    for bad in (2**64, -(2**63) - 1):
+        with pytest.raises(ValueError, match=f"sample: seeds must have 64 bits, got {bad}"):
+            call(seeds=bad)
 
     assert [t.shape for t in call(x[:0])] == [(0,)] * 3
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tolerance import assert_close, assert_same_bits
+from tolerance import assert_close, assert_differentiable_once, assert_same_bits
 
 from instructcore import _C
 from instructcore.ops import token_logprobs, token_logprobs_reference
@@ -264,6 +264,11 @@ def test_rejects(device):
     for bad in (0.0, -1.0, float("nan"), torch.tensor(0.0), temperature * 0):
         with pytest.raises(ValueError, match="token_logprobs: temperature must be above 0"):
             call(temperature=bad)
+    for wrong in (torch.ones(4).long(), torch.tensor(1), torch.ones(4).double()):
+        with pytest.raises(
+            TypeError, match="token_logprobs: temperature must be float32, bfloat16"
+        ):
+            call(temperature=wrong.to(device))
     with pytest.raises(ValueError, match="temperature must not require a gradient"):
         call(temperature=temperature.clone().requires_grad_())
     if device == "cpu":
@@ -275,7 +280,14 @@ def test_rejects(device):
     assert out.logprobs[:3].isnan().all() and out.entropy[:3].isnan().all()
     assert not out.top1[:3].any()
     assert out.logprobs[3].isfinite() and out.entropy[3].isfinite()
-    x, scale = logits.clone().requires_grad_(), torch.ones((), requires_grad=True)
-    (grad,) = torch.autograd.grad(scale * call(x).logprobs.sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+
+
+@pytest.mark.parametrize("entropy", [True, False])
+def test_double_backward(device, dtype, entropy):
+    logits, targets, mask, _ = inputs((4, 9), dtype, device)
+
+    def loss(x):
+        out = token_logprobs(x, targets, mask=mask, entropy=entropy)
+        return out.logprobs.sum() + (out.entropy.sum() if entropy else 0.0)
+
+    assert_differentiable_once("token_logprobs", loss, logits)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -22,9 +25,9 @@ def assert_close(
     eps = EPS[dtype or ours.dtype]
     ours, native, truth = (x.detach().cpu().double() for x in (ours, native, truth))
     finite = truth.isfinite()
-    assert torch.equal(ours[~finite].nan_to_num(), truth[~finite].nan_to_num()), (
-        f"{name}: infinite or NaN where the reference differs"
-    )
+    assert torch.equal(ours.isnan(), truth.isnan()), f"{name}: NaN where the reference differs"
+    ours_infinite, infinite = (torch.where(x.isinf(), x, 0.0) for x in (ours, truth))
+    assert torch.equal(ours_infinite, infinite), f"{name}: infinite where the reference differs"
     if not finite.any():
         return
     error = (ours - truth)[finite].abs()
@@ -48,3 +51,20 @@ def assert_same_bits(a: Tensor, b: Tensor, name: str = "") -> None:
         a, b = a.contiguous().view(integer), b.contiguous().view(integer)
     differ = int((a != b).sum())
     assert differ == 0, f"{name}: {differ} of {a.numel()} elements differ in their bits"
+
+
+def assert_differentiable_once(op: str, f: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """Who differentiates a gradient of f(*inputs), a 0-d tensor, is told that it cannot be done."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    factor = torch.ones((), device=leaves[0].device, requires_grad=True)
+    for loss, more in ((f(*leaves), ()), (factor * f(*(2 * x for x in leaves)), (factor,))):
+        gradients = torch.autograd.grad(loss, leaves, create_graph=True)
+        for gradient, leaf in zip(gradients, leaves, strict=True):
+            # What depends on the leaf in another way, too, must not pass as the whole.
+            total = gradient.square().sum() + leaf.sum() + factor
+            for wanted in (None, leaf, *more):
+                with pytest.raises(RuntimeError, match=f"^{op}: double backward is not supported"):
+                    if wanted is None:
+                        total.backward(retain_graph=True)
+                    else:
+                        torch.autograd.grad(total, wanted, retain_graph=True)

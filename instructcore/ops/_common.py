@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 
 import torch
@@ -30,6 +31,42 @@ def register(
     torch.library.register_fake(qualified, allocate)
     torch.library.impl(qualified, devices, run)
     return getattr(torch.ops.instructcore, name).default
+
+
+class _Refuse(torch.autograd.Function):
+    """The first `count` tensors, whose gradients cannot be formed."""
+
+    @staticmethod
+    def forward(ctx, op, count, *tensors):
+        ctx.op = op
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(f"{ctx.op}: double backward is not supported")
+
+
+def differentiable_once(op: str) -> Callable:
+    """Decorates the backward of a Function: under create_graph=True its gradients raise when they
+    are differentiated, with respect to anything. The forward must save one of its outputs, for a
+    way to its inputs; one that callers may change in place will not do.
+
+    `once_differentiable` raises only where the incoming gradient requires one.
+    """
+
+    def decorate(backward: Callable) -> Callable:
+        @wraps(backward)
+        def once(ctx, *incoming):
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+                return backward(ctx, *incoming)
+            with torch.no_grad():
+                results = backward(ctx, *incoming)
+            outputs = [x for x in ctx.saved_tensors if x is not None and x.grad_fn is ctx]
+            return _Refuse.apply(op, len(results), *results, outputs[0], *incoming)
+
+        return once
+
+    return decorate
 
 
 def check_float(op: str, **tensors: Tensor | None) -> None:
@@ -87,6 +124,7 @@ __all__ = [
     "check_dtype",
     "check_float",
     "check_shape",
+    "differentiable_once",
     "fresh_pages",
     "last_contiguous",
     "plain_float",

@@ -10,7 +10,7 @@ from torch import Tensor
 from ._common import check_device, check_float, check_shape, fresh_pages
 
 WORKSPACE_BYTES = 64 << 20
-SLAB_BYTES = 4 << 20  # of a 16-bit weight as float32, at a time
+SLAB_BYTES = 4 << 20  # of a 16-bit weight as float32, at a time; at most a quarter of the whole
 
 
 def cut(tensor: Tensor, part: slice) -> Tensor:
@@ -25,9 +25,13 @@ class Head:
     rows that count, None for all.
 
     float32 weights go to the GEMM as they are, 16-bit ones as float32 slabs, for torch rounds the
-    product of two 16-bit matrices to 16 bits. Gradients are float32, formed in float32; but for
-    bfloat16 hidden and weight the GEMMs of the backward take the logits' gradient as bfloat16,
-    grad_hidden is bfloat16, and grad_weight sums chunks in float32.
+    product of two 16-bit matrices to 16 bits. Gradients are formed in float32, and grad_hidden is
+    rounded once, to hidden's type; but for bfloat16 hidden and weight the GEMMs of the backward
+    take the logits' gradient as bfloat16. grad_weight sums chunks in float32.
+
+    The workspace: a slab or two, two rows of the vocabulary (bias and its gradient), and for each
+    row of a chunk its logits, their gradient where it is bfloat16, and at most 8 bytes a channel
+    for copies of hidden and of its gradient.
     """
 
     def __init__(
@@ -45,11 +49,15 @@ class Head:
         self.grad_hidden, self.grad_weight, self.grad_bias = grads
         trained = any(g is not None for g in grads)
         self.low = trained and hidden.dtype == weight.dtype == torch.bfloat16
-        is_float = weight.dtype == torch.float32
-        self.slab = vocab if is_float else max(64, SLAB_BYTES // (4 * channels))
         self.rows = len(hidden) if index is None else len(index)
+        self.slab, self.wide = vocab, None
+        budget = max_workspace_bytes - 8 * vocab
+        if weight.dtype != torch.float32:
+            slab_bytes = min(SLAB_BYTES, max_workspace_bytes // 4)
+            self.slab = min(vocab, max(1, slab_bytes // (4 * channels)))
+            self.wide = weight.new_empty((self.slab, channels), dtype=torch.float32)
+            budget -= (8 if self.low else 4) * self.wide.numel()  # add_ makes a float32 copy
         per_row = (6 if self.low else 4) * vocab + 8 * channels
-        budget = max_workspace_bytes - (0 if is_float else SLAB_BYTES)
         chunks = -(-self.rows // max(1, budget // per_row))
         self.step = -(-self.rows // max(1, chunks))
         self.logits = fresh_pages(hidden.new_empty((self.step, vocab), dtype=torch.float32))
@@ -68,6 +76,7 @@ class Head:
         for first in range(0, self.rows, max(1, self.step)):
             n = min(self.step, self.rows - first)
             rows = slice(first, first + n)
+            self.input = None  # before the next one is made
             self.input = self._rows_of(self.hidden, rows)
             logits = cut(self.logits, slice(0, n))
             self._project(logits)
@@ -80,60 +89,71 @@ class Head:
             self._back_hidden(rows, slopes)
         if self.grad_weight is not None:
             inputs = self.input if self.low else self.input.float()
-            for part in self._slabs():
+            for part in self._parts():
                 to, by = cut(self.grad_weight, part), self._columns(slopes, part).t()
                 if self.low:
-                    product = torch.mm(by, inputs)
+                    product = self.wide.flatten().view(torch.bfloat16)  # the slab's place
+                    product = product[: to.numel()].view(to.shape)
+                    torch.mm(by, inputs, out=product)
                     to.add_(product) if keep else to.copy_(product)
                 else:
                     torch.addmm(to, by, inputs, beta=keep, out=to)
         if self.grad_bias is not None:
-            total = slopes.sum(0, dtype=torch.float32)
+            if self.low:  # here, or sum would make a float32 copy
+                slopes = cut(self.logits, slice(0, len(slopes))).copy_(slopes)
+            total = slopes.sum(0)
             self.grad_bias.add_(total) if keep else self.grad_bias.copy_(total)
 
     def _rows_of(self, tensor: Tensor, rows: slice) -> Tensor:
         return cut(tensor, rows) if self.index is None else tensor[cut(self.index, rows)]
 
-    def _slabs(self) -> Iterator[slice]:
+    def _parts(self) -> Iterator[slice]:
         vocab = self.weight.shape[0]
         return (slice(v, min(v + self.slab, vocab)) for v in range(0, vocab, self.slab))
+
+    def _slabs(self) -> Iterator[tuple[slice, Tensor]]:
+        """The weight in float32, a part after the other; the next one takes its place."""
+        for part in self._parts():
+            weight = cut(self.weight, part)
+            if self.wide is not None:
+                weight = cut(self.wide, slice(0, len(weight))).copy_(weight)
+            yield part, weight
 
     def _columns(self, tensor: Tensor, part: slice) -> Tensor:
         return tensor if self.slab == tensor.shape[1] else tensor[:, part]
 
     def _project(self, logits: Tensor) -> None:
         inputs = self.input.float()
-        for part in self._slabs():
-            weight = cut(self.weight, part).float().t()
+        for part, weight in self._slabs():
+            out = self._columns(logits, part)
             if self.bias is None:
-                torch.mm(inputs, weight, out=self._columns(logits, part))
+                torch.mm(inputs, weight.t(), out=out)
             else:
-                out = self._columns(logits, part)
-                torch.addmm(cut(self.bias, part), inputs, weight, out=out)
+                torch.addmm(cut(self.bias, part), inputs, weight.t(), out=out)
 
     def _back_hidden(self, rows: slice, slopes: Tensor) -> None:
-        out = cut(self.grad_hidden, rows)
-        if self.index is not None:
-            out = torch.empty_like(out)
+        to = out = cut(self.grad_hidden, rows)
+        if self.index is not None or not (self.low or out.dtype == torch.float32):
+            dtype = torch.bfloat16 if self.low else torch.float32
+            out = torch.empty_like(to, dtype=dtype)
         if self.low:
             torch.mm(slopes, self.weight, out=out)
         else:
-            for part in self._slabs():
-                weight, columns = cut(self.weight, part).float(), self._columns(slopes, part)
+            for part, weight in self._slabs():
+                columns = self._columns(slopes, part)
                 torch.addmm(out, columns, weight, beta=int(part.start > 0), out=out)
         if self.index is not None:
-            self.grad_hidden.index_copy_(0, self.index[rows], out)
+            self.grad_hidden.index_copy_(0, self.index[rows], out.to(to.dtype))
+        elif out is not to:
+            to.copy_(out)
 
 
 def allocate_gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Unfilled, empty where not needed; float32, hidden's bfloat16 where weight is too."""
-    low = hidden.dtype == weight.dtype == torch.bfloat16
+    """Unfilled, empty where not needed: hidden's in its type, the others float32."""
     return (
-        hidden.new_empty(
-            hidden.shape if needs[0] else (0,), dtype=torch.bfloat16 if low else torch.float32
-        ),
+        hidden.new_empty(hidden.shape if needs[0] else (0,)),
         weight.new_empty(weight.shape if needs[1] else (0,), dtype=torch.float32),
         weight.new_empty(bias.shape if needs[2] else (0,), dtype=torch.float32),
     )

@@ -14,6 +14,7 @@ from ._common import (
     check_dtype,
     check_float,
     check_shape,
+    differentiable_once,
     last_contiguous,
     register,
 )
@@ -58,6 +59,7 @@ def attention_reference(
     lse = torch.logsumexp(logits.masked_fill(blind[..., None], 0.0), dim=-1)
     weights = (logits - lse[..., None]).exp()[..., :keys]
     out = torch.einsum("bhts,bshd->bthd", weights, v)
+    lse = torch.where(hidden.all(-1), lse.detach(), lse)  # no key, no gradient
     if not return_lse:
         return out
     return out, lse.masked_fill(blind, -torch.inf)
@@ -349,7 +351,7 @@ _SETTINGS = "bool causal, float scale, int left, int right, float softcap"
 _attention = register(
     "attention",
     "(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
-    f"Tensor? alibi_slopes, Tensor? sinks, int max_seqlen_k, {_SETTINGS}) -> (Tensor, Tensor)",
+    f"Tensor? alibi_slopes, Tensor? sinks, SymInt max_seqlen_k, {_SETTINGS}) -> (Tensor, Tensor)",
     _allocate,
     _run,
 )
@@ -357,7 +359,7 @@ _attention_backward = register(
     "attention_backward",
     "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, Tensor? sinks, "
-    f"int max_seqlen_k, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"SymInt max_seqlen_k, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _allocate_backward,
     _run_backward,
 )
@@ -373,7 +375,7 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once("attention")
     def backward(ctx, grad_out, grad_lse):
         q, k, v, out, lse, cu_q, cu_k, slopes, sinks = ctx.saved_tensors
         if grad_out is None:
@@ -388,6 +390,8 @@ def _settings(
     op: str, dim: int, causal: bool, scale: float | None, window: Window, softcap: float
 ) -> tuple[bool, float, int, int, float]:
     """(causal, scale, left, right, softcap) as the ops take them: an unbounded side is -1."""
+    if window is not None and not isinstance(window, tuple | list):
+        raise TypeError(f"{op}: window must be (left, right), each None or 0 and up, got {window}")
     sides = (None, None) if window is None else tuple(window)
     if len(sides) != 2 or any(side is not None and side < 0 for side in sides):
         raise ValueError(f"{op}: window must be (left, right), each None or 0 and up, got {window}")
@@ -398,12 +402,16 @@ def _settings(
     return bool(causal), scale, left, right, float(softcap)
 
 
+def _float_sinks(op: str, sinks: Tensor | None) -> Tensor | None:
+    check_float(op, sinks=sinks)
+    return None if sinks is None else sinks.to(torch.float32)
+
+
 def _dispatch(q, k, v, cu_q, cu_k, slopes, sinks, settings, return_lse):
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if sinks is not None:
-        sinks = sinks.to(torch.float32)
+    sinks = _float_sinks("attention" if cu_q is None else "attention_varlen", sinks)
     if cu_k is cu_q:  # torch.compile takes no tensor twice
         cu_k = None
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks)):
@@ -511,7 +519,7 @@ def attention_varlen(
     Source: Dao et al. 2022, arXiv:2205.14135.
     """
     settings = _settings("attention_varlen", q.shape[-1], causal, scale, window, softcap)
-    settings = (k.shape[0] if max_seqlen_k is None else int(max_seqlen_k), *settings)
+    settings = (k.shape[0] if max_seqlen_k is None else max_seqlen_k, *settings)
     return _dispatch(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, settings, return_lse)
 
 
@@ -683,8 +691,7 @@ def attention_paged_(
     Source: Kwon et al. 2023, arXiv:2309.06180.
     """
     settings = _settings("attention_paged_", q.shape[-1], causal, scale, window, softcap)
-    if sinks is not None:
-        sinks = sinks.to(torch.float32)
+    sinks = _float_sinks("attention_paged_", sinks)
     out, lse = _attention_paged(
         *(q, k_cache, v_cache, block_table, cache_seqlens, cu_seqlens_q, k_new, v_new),
         *(cos, sin, alibi_slopes, sinks, interleaved, *settings),

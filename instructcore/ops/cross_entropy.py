@@ -11,6 +11,7 @@ from ._common import (
     check_dtype,
     check_float,
     check_shape,
+    differentiable_once,
     fresh_pages,
     last_contiguous,
     plain_float,
@@ -215,17 +216,18 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.formed = settings[-1] != 0 and logits.dtype != torch.float16
         loss, stats, total, grad = _cross_entropy(logits, targets, weight, *settings, ctx.formed)
         ctx.settings = settings
+        ctx.set_materialize_grads(False)
         if ctx.formed:
-            ctx.save_for_backward(grad)
+            ctx.save_for_backward(grad, total)
         else:
             ctx.save_for_backward(logits, targets, weight, stats, total)
-        return loss
+        return loss, total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output):
+    @differentiable_once("cross_entropy")
+    def backward(ctx, grad_output, _):
         if ctx.formed:
-            return scaled(*ctx.saved_tensors, grad_output), None, None, None
+            return scaled(ctx.saved_tensors[0], grad_output), None, None, None
         grad = _cross_entropy_backward(grad_output, *ctx.saved_tensors, *ctx.settings)
         return grad, None, None, None
 
@@ -281,7 +283,8 @@ def cross_entropy(
         float(softcap),
         reduction_index("cross_entropy", reduction),
     )
+    check_float("cross_entropy", weight=weight)
     weight = None if weight is None else weight.float()
     if torch.is_grad_enabled() and logits.requires_grad:
-        return _CrossEntropy.apply(logits, targets, weight, settings)
+        return _CrossEntropy.apply(logits, targets, weight, settings)[0]
     return _cross_entropy(logits, targets, weight, *settings, False)[0]

@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._common import _C, check_device, check_dtype, check_float, check_shape, register
+from ._common import (
+    _C,
+    check_device,
+    check_dtype,
+    check_float,
+    check_shape,
+    plain_float,
+    register,
+)
 
 
 def gae_reference(
@@ -52,10 +60,9 @@ def _allocate(
     gamma: float,
     lambda_: float,
 ) -> tuple[Tensor, Tensor]:
-    check_float("gae", rewards=rewards, values=values)
+    check_float("gae", rewards=rewards, values=values, bootstrap=bootstrap)
     check_dtype("gae", torch.bool, mask=mask, dones=dones)
     check_dtype("gae", torch.int32, cu_seqlens=cu_seqlens)
-    check_dtype("gae", torch.float32, bootstrap=bootstrap)
     ndim, layout = (2, "(B, T)") if cu_seqlens is None else (1, "(N,) with cu_seqlens")
     if rewards.ndim != ndim:
         raise ValueError(f"gae: rewards must be {layout}, got {tuple(rewards.shape)}")
@@ -92,7 +99,7 @@ def _run(rewards, values, mask, cu_seqlens, dones, bootstrap, gamma, lambda_):
         mask,
         None if cu_seqlens is None else cu_seqlens.contiguous(),
         dones,
-        None if bootstrap is None else bootstrap.contiguous(),
+        None if bootstrap is None else plain_float(bootstrap),
         advantages,
         returns,
         gamma,
@@ -145,7 +152,7 @@ def gae(
         lambda_: trace decay, 0..1 (0.95 as a rule).
         cu_seqlens: int32 (B + 1,): row b is steps cu_seqlens[b] .. cu_seqlens[b + 1] - 1 of (N,).
         dones: bool, like rewards: the episode terminates after step t.
-        bootstrap: float32 (B,): value of the state after the last step; 0 if None.
+        bootstrap: (B,): value of the state after the last step; 0 if None.
 
     Returns:
         (advantages, returns): float32, of rewards' shape, without gradient.

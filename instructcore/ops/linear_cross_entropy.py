@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._common import _C, check_device, check_dtype, check_shape, plain_float, register
+from ._common import (
+    _C,
+    check_device,
+    check_dtype,
+    check_float,
+    check_shape,
+    differentiable_once,
+    plain_float,
+    register,
+)
 from ._head import WORKSPACE_BYTES, Head, allocate_gradients, check_head, cut, live_rows, needed
 from .cross_entropy import check_settings, cross_entropy_reference, reduction_index, scaled
 
@@ -97,16 +106,17 @@ def _run(
     index = live_rows(live, targets, None, ignore_index)
     if index is not None:
         targets = targets[index]
-        if grad_output is not None:
+        if grad_output is not None and grad_output.ndim:
             grad_output = grad_output[index]
     head = Head(hidden, weight, bias, index, max_workspace_bytes, needed(grads, needs))
     whole = reduction == 0 and index is None
     losses = loss if whole else torch.empty_like(targets, dtype=torch.float32)
     gradient, threads = any(needs), torch.get_num_threads()
+    each = grad_output is not None and grad_output.ndim == 1
     for rows, logits, slopes in head.chunks():
         _C.cross_entropy(
             *(logits, cut(targets, rows), class_weight, total),
-            *(None if grad_output is None else cut(grad_output, rows), cut(losses, rows), None),
+            *(cut(grad_output, rows) if each else grad_output, cut(losses, rows), None),
             *(slopes if gradient else None, ignore_index, label_smoothing, z_loss, softcap),
             threads,
         )
@@ -131,32 +141,36 @@ _linear_cross_entropy = register(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """For a scalar loss the forward forms the gradients, with three GEMMs, and the backward scales
-    them; for the loss of each row the backward forms the logits again.
+    them; for the loss of each row the backward forms the logits again, and for float16, whose loss
+    scale must come first.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, class_weight, settings):
         ctx.needs, ctx.settings = list(ctx.needs_input_grad[:3]), settings
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        ctx.formed = settings[4] != 0
+        ctx.formed = settings[4] != 0 and hidden.dtype != torch.float16
         loss, *grads = _linear_cross_entropy(
             *(hidden, weight, targets, bias, class_weight, None, *settings),
             ctx.needs if ctx.formed else [False] * 3,
         )
+        ctx.set_materialize_grads(False)
+        mark = loss.new_empty(0)
         if ctx.formed:
-            ctx.save_for_backward(*grads)
+            ctx.save_for_backward(*grads, mark)
         else:
-            ctx.save_for_backward(hidden, weight, targets, bias, class_weight)
-        return loss
+            ctx.save_for_backward(hidden, weight, targets, bias, class_weight, mark)
+        return loss, mark
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output):
+    @differentiable_once("linear_cross_entropy")
+    def backward(ctx, grad_output, _):
+        *saved, _ = ctx.saved_tensors
         if ctx.formed:
-            grads = ctx.saved_tensors
+            grads = saved
         else:
             _, *grads = _linear_cross_entropy(
-                *ctx.saved_tensors, plain_float(grad_output), *ctx.settings, ctx.needs
+                *saved, plain_float(grad_output), *ctx.settings, ctx.needs
             )
         results = []
         for grad, need, dtype in zip(grads, ctx.needs, ctx.dtypes, strict=True):
@@ -193,8 +207,9 @@ def linear_cross_entropy(
         targets: int64 (N,), each in [0, V) or ignore_index. Ignored rows cost nothing.
         bias: (V,). Differentiable.
         class_weight: (V,), `weight` of `cross_entropy`.
-        max_workspace_bytes: bound of the memory beyond arguments, gradients and the float32 sum of
-            weight's gradient, by chunks of rows (at least one row); 64 MiB if None.
+        max_workspace_bytes: bound of the memory beyond arguments, gradients, the float32 sum of
+            weight's gradient and a few numbers per row, by chunks of rows (at least one row);
+            64 MiB if None.
         ignore_index, label_smoothing, z_loss, softcap, reduction: as in `cross_entropy`.
 
     Returns:
@@ -206,8 +221,9 @@ def linear_cross_entropy(
 
     Numerics: logits are float32, not rounded to hidden's type; weight's gradient is summed in
     float32. bfloat16: the GEMMs of the gradients take the logits' gradient as bfloat16. A scalar
-    loss takes three GEMMs, its gradients are formed in the forward; reduction="none" four. Without
-    a gradient to form only the logits' GEMM runs.
+    loss takes three GEMMs, its gradients are formed in the forward; reduction="none" and float16
+    four. Without a gradient to form only the logits' GEMM runs. The GEMMs are torch's, so the bits
+    are the same from run to run, but another number of threads may round otherwise.
 
     Source: Wijmans et al. 2024, arXiv:2411.09009; gradients in the forward: Hsu et al. 2024,
     arXiv:2410.10989.
@@ -220,11 +236,12 @@ def linear_cross_entropy(
         reduction_index("linear_cross_entropy", reduction),
         WORKSPACE_BYTES if max_workspace_bytes is None else int(max_workspace_bytes),
     )
+    check_float("linear_cross_entropy", class_weight=class_weight)
     class_weight = None if class_weight is None else class_weight.float()
     trained = (
         hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
     if trained and torch.is_grad_enabled():
-        return _LinearCrossEntropy.apply(hidden, weight, bias, targets, class_weight, settings)
+        return _LinearCrossEntropy.apply(hidden, weight, bias, targets, class_weight, settings)[0]
     arguments = (hidden, weight, targets, bias, class_weight, None, *settings)
     return _linear_cross_entropy(*arguments, [False] * 3)[0]

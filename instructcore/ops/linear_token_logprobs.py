@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._common import _C, check_device, check_dtype, check_shape, plain_float, register
+from ._common import (
+    _C,
+    check_device,
+    check_dtype,
+    check_shape,
+    differentiable_once,
+    plain_float,
+    register,
+)
 from ._head import WORKSPACE_BYTES, Head, allocate_gradients, check_head, cut, live_rows, needed
 from .token_logprobs import (
     TokenLogprobs,
@@ -219,15 +227,15 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         outputs = _linear_token_logprobs(
             hidden, weight, targets, bias, temperature, mask, entropy, *settings
         )
-        logprobs, spread, lse, top1, stats = outputs
+        _, spread, lse, top1, stats = outputs
         ctx.set_materialize_grads(False)
         ctx.settings = settings
         ctx.save_for_backward(hidden, weight, targets, bias, temperature, mask, spread, stats)
         ctx.mark_non_differentiable(lse, top1)
-        return logprobs, spread, lse, top1
+        return outputs
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once("linear_token_logprobs")
     def backward(ctx, grad_logprobs, grad_entropy, *_):
         hidden, weight, _, bias, *_, entropy, _ = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
@@ -267,8 +275,9 @@ def linear_token_logprobs(
         targets: int64 (N,), each in [0, V) or ignore_index. Masked and ignored
             rows cost nothing.
         bias: (V,). Differentiable.
-        max_workspace_bytes: bound of the memory beyond arguments, gradients and the float32 sum of
-            weight's gradient, by chunks of rows (at least one row); 64 MiB if None.
+        max_workspace_bytes: bound of the memory beyond arguments, gradients, the float32 sum of
+            weight's gradient and a few numbers per row, by chunks of rows (at least one row);
+            64 MiB if None.
         temperature, mask, entropy, ignore_index: as in `token_logprobs`.
 
     Returns:
@@ -279,7 +288,8 @@ def linear_token_logprobs(
         TypeError, ValueError: an element type, shape, device or setting is not the documented one.
 
     Numerics: as `linear_cross_entropy`; four GEMMs with the backward, which forms the logits again.
-    Without a gradient to form only the logits' GEMM runs.
+    Without a gradient to form only the logits' GEMM runs. The GEMMs are torch's, so the bits are
+    the same from run to run, but another number of threads may round otherwise.
 
     Source: as `linear_cross_entropy` and `token_logprobs`.
     """
@@ -293,5 +303,5 @@ def linear_token_logprobs(
         outputs = _LinearTokenLogprobs.apply(hidden, weight, bias, targets, *rest)
     else:
         outputs = _linear_token_logprobs(hidden, weight, targets, bias, *rest)
-    logprobs, spread, lse, top1, *_ = outputs
+    logprobs, spread, lse, top1, _ = outputs
     return TokenLogprobs(logprobs, spread if entropy else None, lse, top1)

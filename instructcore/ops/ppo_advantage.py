@@ -125,11 +125,10 @@ def _allocate(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     op = "ppo_advantage"
     floats = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values}
-    check_float(op, scores=scores, **floats)
+    check_float(op, scores=scores, bootstrap=bootstrap, **floats)
     check_dtype(op, torch.bool, mask=mask, dones=dones)
     check_dtype(op, torch.int64, score_index=score_index)
     check_dtype(op, torch.int32, cu_seqlens=cu_seqlens)
-    check_dtype(op, torch.float32, bootstrap=bootstrap)
     ndim, layout = (2, "(B, T)") if cu_seqlens is None else (1, "(N,) with cu_seqlens")
     if logprobs.ndim != ndim:
         raise ValueError(f"{op}: logprobs must be {layout}, got {tuple(logprobs.shape)}")
@@ -162,7 +161,7 @@ def _run(scores, logprobs, ref_logprobs, values, mask, score_index, cu_seqlens, 
         None if score_index is None else score_index.contiguous(),
         None if cu_seqlens is None else cu_seqlens.contiguous(),
         None if dones is None else dones.contiguous(),
-        None if bootstrap is None else bootstrap.contiguous(),
+        None if bootstrap is None else plain_float(bootstrap),
         advantages,
         returns,
         rewards,

@@ -13,6 +13,7 @@ from ._common import (
     check_dtype,
     check_float,
     check_shape,
+    differentiable_once,
     plain_float,
     register,
 )
@@ -79,6 +80,10 @@ def ppo_loss_reference(
 ) -> tuple[Tensor, PPOStats]:
     """The specification, in the inputs' dtype, differentiable by autograd."""
     zeros = torch.zeros_like(logprobs)
+    if aggregate == "sequence" and cu_seqlens is not None:  # what is in no row does not count
+        ends = cu_seqlens.tolist()
+        at = torch.arange(len(mask), device=mask.device)
+        mask = mask & (at >= ends[0]) & (at < ends[-1])
 
     def kept(x: Tensor) -> Tensor:  # masked entries may hold anything
         return torch.where(mask, x, torch.zeros_like(x))
@@ -122,11 +127,10 @@ def ppo_loss_reference(
             counts = mask.sum(-1, keepdim=True).expand_as(mask)
             total = mask.any(-1).sum()
         else:
-            ends = cu_seqlens.tolist()
-            per_row = [mask[a:b].sum() for a, b in zip(ends, ends[1:], strict=False)]
-            lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-            counts = torch.repeat_interleave(torch.stack(per_row), lengths)
-            total = sum((c > 0).long() for c in per_row)
+            counts, total = torch.zeros_like(mask, dtype=torch.int64), 0 * total
+            for a, b in zip(ends, ends[1:], strict=False):
+                counts[a:b] = mask[a:b].sum()
+                total = total + mask[a:b].any()
         weight = weight / counts.clamp(min=1)
     if normalizer is None:
         normalizer = total.clamp(min=1)
@@ -199,6 +203,8 @@ def _allocate(
         raise ValueError(f"{op}: a value_clip_range needs old_values, got None")
     if by_sequence and logprobs.ndim == 1 and cu_seqlens is None:
         raise ValueError(f'{op}: aggregate="sequence" on packed (N,) needs cu_seqlens, got None')
+    if cu_seqlens is not None and (cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1):
+        raise ValueError(f"{op}: cu_seqlens must be (B + 1,), got {tuple(cu_seqlens.shape)}")
     check_shape(op, (), normalizer=normalizer)
     check_device(op, logprobs, mask=mask, cu_seqlens=cu_seqlens, normalizer=normalizer, **floats)
 
@@ -289,17 +295,20 @@ class _PPOLoss(torch.autograd.Function):
             *(logprobs, old_logprobs, advantages, mask, values, old_values, returns, entropy),
             *(*rest, *settings, True),
         )
-        ctx.save_for_backward(*gradients)
+        mark = loss.new_empty(0)
+        ctx.save_for_backward(*gradients, mark)
+        ctx.set_materialize_grads(False)
         ctx.dtypes = [None if x is None else x.dtype for x in (logprobs, values, entropy)]
         ctx.mark_non_differentiable(sums)
-        return loss, sums
+        return loss, sums, mark
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss, _):
+    @differentiable_once("ppo_loss")
+    def backward(ctx, grad_loss, *_):
+        *gradients, _ = ctx.saved_tensors
         scaled = [
             None if dtype is None else (gradient * grad_loss).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
         return (*scaled, None, None)
 
@@ -348,10 +357,11 @@ def ppo_loss(
         entropy: of the policy's distribution at each token, nats. Differentiable.
         ref_logprobs: of the frozen reference, for `kl_coef`.
         weights: factor of each token's policy loss (importance correction).
-        cu_seqlens: int32 (B + 1,), the rows of a packed (N,), for aggregate="sequence".
-        clip_range, clip_range_high: 0.2; the upper one where it differs (0.28).
-        dual_clip: bound of the loss where A < 0 (3 as a rule); None: none.
-        value_clip_range: 0.2; None: the plain squared error.
+        cu_seqlens: int32 (B + 1,), the rows of a packed (N,), for aggregate="sequence": what is in
+            no row does not count.
+        clip_range, clip_range_high: above 0 (0.2); the upper one where it differs (0.28).
+        dual_clip: bound of the loss where A < 0, above 1 (3 as a rule); None: none.
+        value_clip_range: above 0 (0.2); None: the plain squared error.
         value_coef, entropy_coef, kl_coef: weights of the terms.
         aggregate: "token": w = 1, normalizer by default the unmasked tokens; "sequence": w = 1 /
             (unmasked tokens of the row), by default the non-empty rows; "constant": w = 1,
@@ -361,12 +371,12 @@ def ppo_loss(
 
     Returns:
         (loss, stats): loss float32, 0-d; stats a PPOStats of sums on the device. Nothing unmasked:
-            loss 0,
-        gradients 0. Gradients flow to logprobs, values and entropy only, once.
+            loss 0, gradients 0. Gradients flow to logprobs, values and entropy only, once.
 
     Raises:
         TypeError, ValueError: an element type, shape or device is not the documented one, `values`
-            without `returns` or `old_values`, an unknown aggregate, "constant" without normalizer.
+            without `returns` or `old_values`, an unknown aggregate, "constant" without normalizer,
+            a setting that is out of its range.
 
     Numerics: float32, sums in float64 in a fixed order: the same bits for any number of threads.
 
@@ -379,6 +389,15 @@ def ppo_loss(
         )
     if aggregate == "constant" and normalizer is None:
         raise ValueError('ppo_loss: aggregate="constant" needs a normalizer, got None')
+    ranges = (
+        ("clip_range", clip_range, 0),
+        ("clip_range_high", clip_range_high, 0),
+        ("dual_clip", dual_clip, 1),
+        ("value_clip_range", value_clip_range, 0),
+    )
+    for name, value, least in ranges:
+        if value is not None and not value > least:
+            raise ValueError(f"ppo_loss: {name} must be above {least}, got {value}")
     if normalizer is not None:
         normalizer = torch.as_tensor(normalizer, dtype=torch.float32, device=logprobs.device)
     settings = (
@@ -395,7 +414,7 @@ def ppo_loss(
     if torch.is_grad_enabled() and differentiable:
         others = (old_logprobs, advantages, mask, old_values, returns)
         others = (*others, ref_logprobs, weights, cu_seqlens, normalizer)
-        loss, sums = _PPOLoss.apply(logprobs, values, entropy, others, settings)
+        loss, sums, _ = _PPOLoss.apply(logprobs, values, entropy, others, settings)
     else:
         loss, sums, *_ = _ppo_loss(
             *(logprobs, old_logprobs, advantages, mask, values, old_values, returns, entropy),

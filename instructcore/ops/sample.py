@@ -317,6 +317,11 @@ def sample(
         if not is_tensor and not low <= value <= high:
             raise ValueError(f"sample: {name} must be in [{low}, {high}], got {value}")
     integers = []
+    if isinstance(seeds, int):
+        if not -(2**63) <= seeds < 2**64:
+            raise ValueError(f"sample: seeds must have 64 bits, got {seeds}")
+        if seeds >= 2**63:
+            seeds -= 2**64  # the same bits
     for value in (top_k, seeds, positions):
         is_tensor = isinstance(value, Tensor)
         tensors.append(value if is_tensor else None)

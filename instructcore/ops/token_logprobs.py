@@ -13,6 +13,7 @@ from ._common import (
     check_dtype,
     check_float,
     check_shape,
+    differentiable_once,
     fresh_pages,
     last_contiguous,
     plain_float,
@@ -73,6 +74,7 @@ def temperature_tensor(
         if not temperature > 0:
             raise ValueError(f"{op}: temperature must be above 0, got {temperature}")
         return torch.full((), float(temperature), dtype=torch.float32, device=device)
+    check_float(op, temperature=temperature)
     if temperature.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{op}: temperature must not require a gradient, it gets none")
     if temperature.ndim == 0:
@@ -193,15 +195,15 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, temperature, mask, entropy, ignore_index):
         outputs = _token_logprobs(logits, targets, temperature, mask, entropy, ignore_index)
-        logprobs, spread, lse, top1, stats = outputs
+        _, spread, lse, top1, stats = outputs
         ctx.set_materialize_grads(False)
         ctx.ignore_index = ignore_index
         ctx.save_for_backward(logits, targets, temperature, mask, spread, stats)
         ctx.mark_non_differentiable(lse, top1)
-        return logprobs, spread, lse, top1
+        return outputs
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once("token_logprobs")
     def backward(ctx, grad_logprobs, grad_entropy, *_):
         logits, targets, temperature, mask, entropy, stats = ctx.saved_tensors
         if not entropy.numel():
@@ -254,7 +256,7 @@ def token_logprobs(
     scale = temperature_tensor("token_logprobs", temperature, logits.shape[0], logits.device)
     arguments = (logits, targets, scale, mask, bool(entropy), int(ignore_index))
     if torch.is_grad_enabled() and logits.requires_grad:
-        logprobs, spread, lse, top1 = _TokenLogprobs.apply(*arguments)
+        logprobs, spread, lse, top1, _ = _TokenLogprobs.apply(*arguments)
     else:
         logprobs, spread, lse, top1, _ = _token_logprobs(*arguments)
     return TokenLogprobs(logprobs, spread if entropy else None, lse, top1)
