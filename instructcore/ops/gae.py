@@ -86,6 +86,7 @@ def _run(rewards, values, mask, cu_seqlens, dones, bootstrap, gamma, lambda_):
     advantages, returns = _allocate(
         rewards, values, mask, cu_seqlens, dones, bootstrap, gamma, lambda_
     )
+    size = _C.gae_workspace(rewards, cu_seqlens)
     _C.gae(
         rewards,
         values,
@@ -95,6 +96,7 @@ def _run(rewards, values, mask, cu_seqlens, dones, bootstrap, gamma, lambda_):
         None if bootstrap is None else bootstrap.contiguous(),
         advantages,
         returns,
+        rewards.new_empty(size, dtype=torch.uint8) if size else None,
         gamma,
         lambda_,
         torch.get_num_threads(),
@@ -108,6 +110,7 @@ _gae = register(
     "Tensor? bootstrap, float gamma, float lambda_) -> (Tensor, Tensor)",
     _allocate,
     _run,
+    devices=("cpu", "cuda"),
 )
 
 
@@ -154,8 +157,9 @@ def gae(
         TypeError: an element type is not the documented one.
         ValueError: shapes or devices differ.
 
-    Numerics: float32 arithmetic whatever the input type; one serial chain per row, so the same bits
-    for any number of threads.
+    Numerics: float32 arithmetic whatever the input type. On the CPU one serial chain per row; on
+    CUDA a scan over tiles of the row, counted from its end. Either way the same bits from run to
+    run, for any number of threads and whatever the other rows.
 
     Source: Schulman et al. 2015, arXiv:1506.02438, equation 16.
     """
