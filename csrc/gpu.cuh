@@ -225,10 +225,11 @@ IC_GPU int warp_index() { return static_cast<int>(threadIdx.x) / kWarp; }
 template <class T, class Shuffle>
 IC_GPU T shuffle_words(T value, Shuffle shuffle) {
   static_assert(sizeof(T) % 4 == 0, "whole words");
-  uint32_t words[sizeof(T) / 4];
+  constexpr int kWords = sizeof(T) / 4;
+  uint32_t words[kWords];
   memcpy(words, &value, sizeof(T));
 #pragma unroll
-  for (uint32_t& word : words) word = shuffle(word);
+  for (int i = 0; i < kWords; ++i) words[i] = shuffle(words[i]);
   memcpy(&value, words, sizeof(T));
   return value;
 }
