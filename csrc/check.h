@@ -7,6 +7,14 @@
 
 namespace ic {
 
+// The file's name in a path, as __FILE_NAME__ has it.
+inline const char* file_name(const char* path) {
+  const char* name = path;
+  for (; *path; ++path)
+    if (*path == '/') name = path + 1;
+  return name;
+}
+
 template <class... Parts>
 [[noreturn]] void fail(const char* file, int line, const Parts&... parts) {
   std::ostringstream message;

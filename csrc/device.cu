@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "check.h"
 #include "device.h"
 
 namespace ic {
@@ -30,6 +31,24 @@ bool device_name(int device, char* name, int* major, int* minor) {
   *major = properties.major;
   *minor = properties.minor;
   return true;
+}
+
+namespace {
+
+void check(cudaError_t error) {
+  IC_CHECK(error == cudaSuccess, "current device: ", cudaGetErrorString(error));
+}
+
+}  // namespace
+
+DeviceGuard::DeviceGuard(int device) {
+  check(cudaGetDevice(&before_));
+  if (device != before_) check(cudaSetDevice(device));
+  if (device == before_) before_ = -1;  // nothing to undo
+}
+
+DeviceGuard::~DeviceGuard() {
+  if (before_ >= 0) cudaSetDevice(before_);
 }
 
 }  // namespace ic

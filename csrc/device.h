@@ -1,4 +1,5 @@
-// What CUDA sees of this machine. Safe to call without a driver: it never throws.
+// What CUDA sees of this machine, and the current device. The queries are safe without a driver:
+// they never throw.
 #pragma once
 
 namespace ic {
@@ -13,5 +14,17 @@ DeviceInfo device_info();
 
 // Fills name (256 bytes) and compute capability; false where there is no such device.
 bool device_name(int device, char* name, int* major, int* minor);
+
+// Makes `device` current, as launches need it, and the one before current again at the end.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_;
+};
 
 }  // namespace ic

@@ -22,7 +22,11 @@ struct Float16 {
 };
 
 // Always inlined: a per-ISA file must not leave a copy for the linker to share.
+#if defined(__CUDACC__)
+#define IC_SCALAR static __host__ __device__ __forceinline__
+#else
 #define IC_SCALAR static inline __attribute__((always_inline, unused))
+#endif
 
 IC_SCALAR float float_from_bits(uint32_t bits) {
   float x;

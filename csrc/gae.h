@@ -29,6 +29,7 @@ struct GaeArgs {
   Dtype rewards_dtype, values_dtype;
   float gamma, lambda;
   int threads;
+  uint8_t* workspace;  // gae_workspace_bytes() on CUDA
 };
 
 struct GaeState {
@@ -39,6 +40,20 @@ struct GaeState {
 IC_HOST_DEVICE GaeState gae_step(GaeState after, float reward, float value, float gamma, float lambda) {
   const float delta = reward + gamma * after.next_value - value;
   return {value, delta + gamma * lambda * after.advantage};
+}
+
+// On CUDA a row is cut into tiles of steps, counted from its end, so that a row's bits do not depend on the
+// rows beside it. Tiles hand the state on through the workspace: kGaeStateBytes for each, and a counter.
+constexpr int64_t kGaeWarpTile = 256, kGaeBlockTile = 2048, kGaeStateBytes = 32;
+
+// At most so many tiles of `tile` steps. In a packed (N,) row b has the numbers from cu[b] / tile + b on, as
+// many as it needs: ceil(length / tile) <= cu[b + 1] / tile - cu[b] / tile + 1.
+IC_HOST_DEVICE int64_t gae_tiles(int64_t rows, int64_t steps, bool packed, int64_t tile) {
+  return packed ? steps / tile + rows : rows * ((steps + tile - 1) / tile);
+}
+
+IC_HOST_DEVICE int64_t gae_workspace_bytes(int64_t rows, int64_t steps, bool packed) {
+  return kGaeStateBytes * (1 + gae_tiles(rows, steps, packed, kGaeWarpTile));
 }
 
 IC_CPU_KERNEL(gae_cpu, GaeArgs)

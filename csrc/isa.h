@@ -28,8 +28,12 @@ bool has_bfloat16_dot();    // the machine multiplies bfloat16 pairs, so such pr
 
 }  // namespace ic
 
-// Declares `void name(const Args&)` at every level, and ic::name, which calls the current one.
-#if defined(__x86_64__)
+// Declares `void name(const Args&)` at every level, and ic::name, which calls the current one. The emulated
+// module has the CUDA kernels only.
+#if defined(IC_EMULATED)
+#define IC_CPU_KERNEL(name, Args) \
+  inline void name(const Args&) { __builtin_trap(); }
+#elif defined(__x86_64__)
 #define IC_CPU_KERNEL(name, Args)                               \
   namespace x86_64 { void name(const Args&); }                  \
   namespace x86_64_v3 { void name(const Args&); }               \

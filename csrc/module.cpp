@@ -4,9 +4,14 @@
 #include <pybind11/stl.h>
 #include <sys/mman.h>
 
+#include <type_traits>
+
 #include "attention.h"
 #include "cross_entropy.h"
 #include "device.h"
+#ifdef IC_EMULATED
+#include "emulator/emulator.h"
+#endif
 #include "gae.h"
 #include "isa.h"
 #include "ppo_advantage.h"
@@ -28,9 +33,19 @@ T* data_or_null(const OptionalView& view) {
 
 int64_t stride_or_zero(const OptionalView& view, int dim) { return view ? view->stride(dim) : 0; }
 
+// Whether a CUDA kernel does the work on such a tensor. The emulated module (csrc/emulator) runs them on the
+// CPU's tensors.
+bool on_gpu([[maybe_unused]] const TensorView& where) {
+#ifdef IC_EMULATED
+  return true;
+#else
+  return where.is_cuda();
+#endif
+}
+
 // A CPU kernel follows cu_seqlens without further checks, so they are made here: 0 <= .. non-decreasing .. <= n.
 void check_cu_seqlens(const char* op, const TensorView& cu_seqlens, int64_t n) {
-  if (cu_seqlens.is_cuda()) return;
+  if (on_gpu(cu_seqlens)) return;
   const int32_t* cu = cu_seqlens.data<const int32_t>();
   int64_t before = 0;
   for (int64_t i = 0; i < cu_seqlens.size(0); ++i) {
@@ -40,13 +55,50 @@ void check_cu_seqlens(const char* op, const TensorView& cu_seqlens, int64_t n) {
   }
 }
 
-// Runs a CPU kernel without the GIL. `op` has no CUDA kernel as yet: say so.
+#ifdef IC_CUDA
+#define CUDA_KERNEL(name) ic::name
+#else
+#define CUDA_KERNEL(name) nullptr
+#endif
+
+// The ops that have CUDA kernels.
+[[maybe_unused]] constexpr const char* kCudaOps[] = {"gae"};
+
+// Runs the kernel of `where`'s device without the GIL; a CUDA kernel on that device and torch's current stream
+// of it. `cuda` is null where there is none.
 template <class Args>
-void run_on_cpu(const char* op, const TensorView& where, void (*cpu)(const Args&), const Args& args) {
-  IC_CHECK(!where.is_cuda(), op, ": this build has no CUDA kernel for it; move the tensors to the CPU");
+void run(const char* op, const TensorView& where, [[maybe_unused]] void (*cpu)(const Args&),
+         std::type_identity_t<void (*)(const Args&, void*)> cuda, const Args& args) {
+  if (on_gpu(where)) {
+    IC_CHECK(cuda, op, ": this build has no CUDA kernel for it; move the tensors to the CPU");
+#ifdef IC_CUDA
+    const ic::DeviceGuard current(where.device());
+    void* stream = where.is_cuda() ? where.stream() : nullptr;
+    py::gil_scoped_release unlocked;
+    cuda(args, stream);
+#endif
+    return;
+  }
+#ifndef IC_EMULATED
   py::gil_scoped_release unlocked;
   cpu(args);
+#endif
 }
+
+#ifdef IC_EMULATED
+// order: first, last, random; arrival of asynchronous copies: late, early, random. For tests.
+void set_schedule(const std::string& order, const std::string& arrival, uint64_t seed) {
+  using namespace ic::emulator;
+  ic::emulator::set_schedule(
+      {order == "first"  ? Order::kFirst
+       : order == "last" ? Order::kLast
+                         : Order::kRandom,
+       arrival == "late"    ? Arrival::kLate
+       : arrival == "early" ? Arrival::kEarly
+                            : Arrival::kRandom,
+       seed});
+}
+#endif
 
 // ---- build ----
 
@@ -74,7 +126,11 @@ py::dict build_info() {
   info["driver"] = 0;
   info["device_message"] = "";
 #endif
-  info["cuda_ops"] = false;  // ops with CUDA kernels in this build
+  py::list cuda_ops;
+#ifdef IC_CUDA
+  for (const char* op : kCudaOps) cuda_ops.append(op);
+#endif
+  info["cuda_ops"] = cuda_ops;
   info["devices"] = devices;
   return info;
 }
@@ -162,7 +218,7 @@ void attention(TensorView q, TensorView k, TensorView v, OptionalView cu_q, Opti
                TensorView workspace, bool causal, float scale, int64_t left, int64_t right,
                float softcap, int threads) {
   const char* op = attention_name(cu_q);
-  run_on_cpu(op, q, ic::attention_cpu,
+  run(op, q, ic::attention_cpu, nullptr,
              attention_args(op, q, k, v, cu_q, cu_k, slopes, sinks, out, lse, workspace, causal,
                             scale, left, right, softcap, threads));
 }
@@ -187,7 +243,7 @@ void attention_backward(TensorView q, TensorView k, TensorView v, OptionalView c
   args.sums = data_or_null<float>(sums);
   args.turns = data_or_null<int32_t>(turns);
   args.turns_size = turns ? turns->numel() : 0;
-  if (cu_k && !turns && !q.is_cuda()) {
+  if (cu_k && !turns && !on_gpu(q)) {
     const int32_t* cu = args.forward.cu_k;
     const int64_t most = ic::attention_plan(args.forward.dim).back_keys;
     for (int64_t b = 0; b < args.forward.sequences; ++b)
@@ -195,7 +251,7 @@ void attention_backward(TensorView q, TensorView k, TensorView v, OptionalView c
                ": sequences must have at most max_seqlen_k keys, got ", cu[b + 1] - cu[b],
                " in sequence ", b);
   }
-  run_on_cpu(op, q, ic::attention_backward_cpu, args);
+  run(op, q, ic::attention_backward_cpu, nullptr, args);
 }
 
 // Every block that a sequence uses, or will with its new tokens, must exist; positions must have
@@ -232,7 +288,7 @@ void attention_paged(TensorView q, TensorView k_cache, TensorView v_cache, Tenso
   ic::AttentionArgs args =
       attention_args("attention_paged_", q, k_cache, v_cache, cu_q, std::nullopt, slopes, sinks,
                      out, lse, workspace, causal, scale, left, right, softcap, threads);
-  if (!q.is_cuda())
+  if (!on_gpu(q))
     check_pages(block_table, cache_seqlens, cu_q, k_new, cos, k_cache.size(0), k_cache.size(1));
   ic::AttentionPages& pages = args.pages;
   pages.block_table = block_table.data<const int32_t>();
@@ -246,7 +302,7 @@ void attention_paged(TensorView q, TensorView k_cache, TensorView v_cache, Tenso
   pages.cos = data_or_null<const float>(cos);
   pages.sin = data_or_null<const float>(sin);
   pages.interleaved = interleaved;
-  run_on_cpu("attention_paged_", q, ic::attention_cpu, args);
+  run("attention_paged_", q, ic::attention_cpu, nullptr, args);
 }
 
 // ---- cross_entropy ----
@@ -270,7 +326,8 @@ int64_t check_targets(const char* op, TensorView targets, OptionalView mask, Opt
   const int64_t* t = targets.data<const int64_t>();
   const uint8_t* live = data_or_null<const uint8_t>(mask);
   const float* w = data_or_null<const float>(weight);
-  IC_CHECK(!targets.is_cuda(), op, ": this build has no CUDA kernel for it; move the tensors to the CPU");
+  IC_CHECK(!on_gpu(targets), op,
+           ": this build has no CUDA kernel for it; move the tensors to the CPU");
   int64_t count = 0;
   double sum = 0.0;
   for (int64_t i = 0; i < targets.numel(); ++i) {
@@ -311,7 +368,7 @@ void cross_entropy(TensorView logits, TensorView targets, OptionalView weight, O
   args.z_loss = z_loss;
   args.softcap = softcap;
   args.threads = threads;
-  run_on_cpu("cross_entropy", logits, ic::cross_entropy_cpu, args);
+  run("cross_entropy", logits, ic::cross_entropy_cpu, nullptr, args);
 }
 
 // out = sum of losses / total, in one fixed order; 0 where the total is 0.
@@ -358,12 +415,20 @@ ic::GaeArgs gae_args(const TensorView& rewards, const TensorView& values, const 
   return args;
 }
 
+// Bytes of workspace for rows of a (B, T), or of a packed (N,).
+int64_t gae_workspace(TensorView rewards, OptionalView cu_seqlens) {
+  if (!on_gpu(rewards)) return 0;
+  return cu_seqlens ? ic::gae_workspace_bytes(cu_seqlens->size(0) - 1, rewards.size(0), true)
+                    : ic::gae_workspace_bytes(rewards.size(0), rewards.size(1), false);
+}
+
 void gae(TensorView rewards, TensorView values, OptionalView mask, OptionalView cu_seqlens,
          OptionalView dones, OptionalView bootstrap, TensorView advantages, TensorView returns,
-         float gamma, float lambda, int threads) {
-  run_on_cpu("gae", rewards, ic::gae_cpu,
-             gae_args(rewards, values, mask, cu_seqlens, dones, bootstrap, advantages, returns, gamma,
-                      lambda, threads));
+         OptionalView workspace, float gamma, float lambda, int threads) {
+  ic::GaeArgs args = gae_args(rewards, values, mask, cu_seqlens, dones, bootstrap, advantages,
+                              returns, gamma, lambda, threads);
+  args.workspace = data_or_null<uint8_t>(workspace);
+  run("gae", rewards, ic::gae_cpu, CUDA_KERNEL(gae_cuda), args);
 }
 
 // ---- ppo_advantage ----
@@ -390,7 +455,7 @@ void ppo_advantage(TensorView scores, TensorView logprobs, TensorView ref_logpro
   args.whiten_rewards = whiten_rewards;
   args.whiten = whiten;
   args.unbiased = unbiased;
-  if (score_index && !logprobs.is_cuda())
+  if (score_index && !on_gpu(logprobs))
     for (int64_t b = 0; b < args.gae.rows; ++b) {
       const int64_t length = args.gae.cu_seqlens
                                  ? args.gae.cu_seqlens[b + 1] - args.gae.cu_seqlens[b]
@@ -399,7 +464,7 @@ void ppo_advantage(TensorView scores, TensorView logprobs, TensorView ref_logpro
                "ppo_advantage: score_index must be within its row of ", length, " steps, or -1, got ",
                args.score_index[b], " at ", b);
     }
-  run_on_cpu("ppo_advantage", logprobs, ic::ppo_advantage_cpu, args);
+  run("ppo_advantage", logprobs, ic::ppo_advantage_cpu, nullptr, args);
 }
 
 void whiten_advantages(TensorView advantages, OptionalView mask, TensorView mean, TensorView var,
@@ -408,7 +473,7 @@ void whiten_advantages(TensorView advantages, OptionalView mask, TensorView mean
       advantages.data<const float>(), data_or_null<const uint8_t>(mask), mean.data<const float>(),
       var.data<const float>(),        out.data<float>(),                 advantages.numel(),
       threads};
-  run_on_cpu("whiten_advantages", advantages, ic::whiten_cpu, args);
+  run("whiten_advantages", advantages, ic::whiten_cpu, nullptr, args);
 }
 
 // ---- ppo_loss ----
@@ -453,7 +518,7 @@ void ppo_loss(TensorView logprobs, TensorView old_logprobs, TensorView advantage
   args.entropy_coef = entropy_coef;
   args.kl_coef = kl_coef;
   args.threads = threads;
-  run_on_cpu("ppo_loss", logprobs, ic::ppo_loss_cpu, args);
+  run("ppo_loss", logprobs, ic::ppo_loss_cpu, nullptr, args);
 }
 
 // ---- sample ----
@@ -500,7 +565,7 @@ void sample(TensorView logits, OptionalView bias, OptionalView generated, Option
   args.padded_vocab = workspace.size(2);
   args.dtype = logits.dtype();
   args.threads = threads;
-  run_on_cpu("sample", logits, ic::sample_cpu, args);
+  run("sample", logits, ic::sample_cpu, nullptr, args);
 }
 
 std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
@@ -540,7 +605,7 @@ void token_logprobs(TensorView logits, TensorView targets, OptionalView mask, Te
   args.logprobs = logprobs.data<float>();
   args.lse = lse.data<float>();
   args.top1 = top1.data<bool>();
-  run_on_cpu("token_logprobs", logits, ic::token_logprobs_cpu, args);
+  run("token_logprobs", logits, ic::token_logprobs_cpu, nullptr, args);
 }
 
 void token_logprobs_backward(OptionalView grad_logprobs, OptionalView grad_entropy, TensorView logits,
@@ -555,7 +620,7 @@ void token_logprobs_backward(OptionalView grad_logprobs, OptionalView grad_entro
                                        grad.raw(),
                                        grad.stride(0),
                                        grad.dtype()};
-  run_on_cpu("token_logprobs", logits, ic::token_logprobs_backward_cpu, args);
+  run("token_logprobs", logits, ic::token_logprobs_backward_cpu, nullptr, args);
 }
 
 }  // namespace
@@ -566,6 +631,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("set_isa", &set_isa, py::arg("name"));
   m.def("isa_levels", &isa_levels);
+#ifdef IC_EMULATED
+  m.def("set_schedule", &set_schedule, py::arg("order"), py::arg("arrival"), py::arg("seed"));
+#endif
 
   m.def("attention_plan", &attention_plan, py::arg("dim"));
   m.def("attention", &attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("cu_q"),
@@ -601,9 +669,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("temperature"), py::arg("entropy"), py::arg("stats"), py::arg("grad"),
         py::arg("ignore_index"), py::arg("threads"));
 
+  m.def("gae_workspace", &gae_workspace, py::arg("rewards"), py::arg("cu_seqlens"));
   m.def("gae", &gae, py::arg("rewards"), py::arg("values"), py::arg("mask"), py::arg("cu_seqlens"),
         py::arg("dones"), py::arg("bootstrap"), py::arg("advantages"), py::arg("returns"),
-        py::arg("gamma"), py::arg("lambda_"), py::arg("threads"));
+        py::arg("workspace"), py::arg("gamma"), py::arg("lambda_"), py::arg("threads"));
 
   m.def("ppo_advantage", &ppo_advantage, py::arg("scores"), py::arg("logprobs"),
         py::arg("ref_logprobs"), py::arg("values"), py::arg("mask"), py::arg("score_index"),

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
+import emulated
 import pytest
 
 # The clone's root holds `instructcore/` without its compiled module: an installed package must win.
@@ -17,10 +19,38 @@ from instructcore import _C  # noqa: E402
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+BACKENDS = ("cpu", "emulated", "cuda")
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--full", action="store_true", help="the long loops: 100 kills per stage instead of 5, ..."
     )
+    parser.addoption(
+        "--emulator", choices=emulated.FLAVOURS, default="fast", help="build of the emulated tests"
+    )
+    parser.addoption("--seed", type=int, default=0, help="of the emulated threads' schedule")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "big: a case too large for the emulator")
+
+
+def pytest_collection_modifyitems(config, items):
+    """The GPU's kernels know no CPU instruction set, and the emulator does small cases only."""
+    best = _C.build_info()["isa"]
+
+    def wanted(item) -> bool:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        backend = parameters.get("backend", "cpu")
+        if backend != "cpu" and parameters.get("isa", best) != best:
+            return False
+        return backend != "emulated" or item.get_closest_marker("big") is None
+
+    dropped = [item for item in items if not wanted(item)]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if wanted(item)]
 
 
 @pytest.fixture
@@ -28,14 +58,34 @@ def full(request) -> bool:
     return request.config.getoption("--full")
 
 
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request) -> str:
+@pytest.fixture(params=BACKENDS)
+def backend(request, monkeypatch) -> str:
+    """Who runs the kernels: the CPU's, CUDA's on the emulator, or CUDA's on a GPU."""
+    op = request.path.stem.removeprefix("test_").removeprefix("linear_")
     if request.param == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
-        if not _C.build_info()["cuda_ops"]:
-            pytest.skip("this build has no CUDA kernels")
+        if op not in _C.build_info()["cuda_ops"]:
+            pytest.skip(f"this build has no CUDA kernel for {op}")
+    if request.param == "emulated":
+        if reason := emulated.missing():
+            if os.environ.get("INSTRUCTCORE_REQUIRE_EMULATOR"):
+                pytest.fail(reason)
+            pytest.skip(reason)
+        module = emulated.load(request.config.getoption("--emulator"))
+        if op not in module.build_info()["cuda_ops"]:
+            pytest.skip(f"there is no CUDA kernel for {op}")
+        module.set_schedule("random", "late", request.config.getoption("--seed"))
+        for name, python in list(sys.modules.items()):
+            if name.startswith("instructcore.ops.") and hasattr(python, "_C"):
+                monkeypatch.setattr(python, "_C", module)
     return request.param
+
+
+@pytest.fixture
+def device(backend) -> str:
+    """Where a test's tensors lie; the emulator works on those of the CPU."""
+    return "cuda" if backend == "cuda" else "cpu"
 
 
 @pytest.fixture(params=list(DTYPES))
@@ -53,10 +103,22 @@ def isa(request):
 
 
 @pytest.fixture
-def threads():
-    """threads(n) sets torch's thread count; the old one comes back after the test."""
+def threads(request):
+    """threads(n) sets torch's thread count, or on the emulator an order of the GPU's threads.
+
+    The old count comes back after the test.
+    """
     before = torch.get_num_threads()
-    yield torch.set_num_threads
+    backend = request.getfixturevalue("backend") if "backend" in request.fixturenames else "cpu"
+
+    def choose(n: int) -> None:
+        torch.set_num_threads(n)
+        if backend == "emulated":
+            order = {1: "first", 2: "last"}.get(n, "random")
+            module = emulated.load(request.config.getoption("--emulator"))
+            module.set_schedule(order, "random", n)
+
+    yield choose
     torch.set_num_threads(before)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy
 import pytest
 import torch
 from tolerance import assert_close, assert_same_bits
@@ -7,6 +8,7 @@ from tolerance import assert_close, assert_same_bits
 from instructcore.ops import gae, gae_reference
 
 GAMMA, LAMBDA = 0.97, 0.9
+GAMMA_LONG, LAMBDA_LONG = 1.0, 0.9995  # so that far steps are felt
 
 # (B, T) and why
 SHAPES = {
@@ -135,7 +137,7 @@ def test_deterministic(device, threads):
             assert_same_bits(a, b)
 
 
-def test_identities(device):
+def test_identities(device, backend):
     rewards, values, _, _, _ = inputs((4, 50), device=device)
     # lambda = 1, gamma = 1: the return is the sum of the rewards to come.
     _, returns = gae(rewards, values, gamma=1.0, lambda_=1.0)
@@ -145,19 +147,82 @@ def test_identities(device):
     advantages, _ = gae(rewards, values, gamma=0.9, lambda_=0.0)
     after = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)
     assert torch.allclose(advantages, rewards + 0.9 * after - values, atol=1e-6)
-    # Padding on either side is inert, whatever it holds.
+    # Padding is inert, whatever it holds: before a row to the bit. After it too on the CPU; on CUDA
+    # it shifts the tiles, which count from the end.
     pad = torch.full((4, 3), float("nan"), device=device)
-    mask = torch.tensor([False] * 3 + [True] * 50 + [False] * 3, device=device).expand(4, -1)
+    no, yes = torch.zeros(4, 3, device=device).bool(), torch.ones(4, 50, device=device).bool()
+    options = {"gamma": GAMMA, "lambda_": LAMBDA}
+    plain = gae(rewards, values, **options)
+    before, after = [pad, rewards], [pad, values]
+    padded = gae(torch.cat(before, 1), torch.cat(after, 1), torch.cat([no, yes], 1), **options)
+    for p, a in zip(padded, plain, strict=True):
+        assert_same_bits(p[:, 3:], a)
+        assert p[:, :3].eq(0).all()
     padded = gae(
-        torch.cat([pad, rewards, pad], 1),
-        torch.cat([pad, values, pad], 1),
-        mask,
-        gamma=GAMMA,
-        lambda_=LAMBDA,
+        torch.cat([*before, pad], 1),
+        torch.cat([*after, pad], 1),
+        torch.cat([no, yes, no], 1),
+        **options,
     )
-    for p, a in zip(padded, gae(rewards, values, gamma=GAMMA, lambda_=LAMBDA), strict=True):
-        assert_same_bits(p[:, 3:53], a)
+    truth = gae_reference(rewards.double(), values.double(), **options)
+    native = gae_reference(rewards, values, **options)
+    for p, a, n, t in zip(padded, plain, native, truth, strict=True):
+        if backend == "cpu":
+            assert_same_bits(p[:, 3:53], a)
+        assert_close(p[:, 3:53], n, t)
         assert p[:, :3].eq(0).all() and p[:, 53:].eq(0).all()
+
+
+def in_series(rewards, values, mask, dones, bootstrap, dtype):
+    """One row of gae_reference, in numpy: quick enough for a long row."""
+    rewards, values = (x.cpu().numpy().astype(dtype) for x in (rewards, values))
+    gamma, decay = dtype(GAMMA_LONG), dtype(GAMMA_LONG * LAMBDA_LONG)
+    value, advantage = dtype(bootstrap), dtype(0)
+    out = numpy.zeros(len(rewards), dtype)
+    for t in reversed(range(len(rewards))):
+        if dones[t]:
+            value = advantage = dtype(0)
+        if mask[t]:
+            advantage = rewards[t] + gamma * value - values[t] + decay * advantage
+            value = values[t]
+            out[t] = advantage
+    return torch.from_numpy(out)
+
+
+# On CUDA a row is cut into tiles of 256 steps, or of 2048 where steps lie side by side; states are
+# handed on in groups of 32 tiles.
+@pytest.mark.parametrize(
+    "layout, shape", [("rows", (1, 70_000)), ("time_major", (9, 9_000)), ("packed", (1, 30_000))]
+)
+def test_long_rows(device, threads, layout, shape):
+    rewards, values, mask, dones, bootstrap = inputs(shape, device=device)
+    dones = torch.rand(shape, device=device) > 0.9999
+    mask[:, 3_000:6_000] = False  # whole tiles with nothing in them
+    options = {"gamma": GAMMA_LONG, "lambda_": LAMBDA_LONG}
+    tensors = (rewards, values, mask, dones)
+    if layout == "time_major":
+        rewards, values, mask, dones = (x.T.contiguous().T for x in tensors)
+    ends = [0, shape[1]]
+    if layout == "packed":
+        rewards, values, mask, dones = (x[0] for x in tensors)
+        ends = [0, 17, 17, 20_000, 20_300, 20_301, shape[1] - 5]
+        options["cu_seqlens"] = torch.tensor(ends, dtype=torch.int32, device=device)
+        bootstrap = torch.randn(len(ends) - 1, device=device)
+    ours = gae(rewards, values, mask, dones=dones, bootstrap=bootstrap, **options)
+    rows = [(b, 0, shape[1]) for b in range(shape[0])]
+    if layout == "packed":
+        rows = [(b, *ends[b : b + 2]) for b in range(len(ends) - 1)]
+    for b, first, last in rows:
+        row = [x.reshape(-1, shape[1])[b if layout != "packed" else 0] for x in tensors]
+        row = [x[first:last] for x in row] + [float(bootstrap[b])]
+        got = ours[0].reshape(-1, shape[1])[b if layout != "packed" else 0, first:last]
+        native, truth = in_series(*row, numpy.float32), in_series(*row, numpy.float64)
+        assert_close(got, native, truth)
+    for n in (1, 2, 3):
+        threads(n)
+        again = gae(rewards, values, mask, dones=dones, bootstrap=bootstrap, **options)
+        for a, b in zip(ours, again, strict=True):
+            assert_same_bits(a, b)
 
 
 def test_opcheck_and_compile(device):

@@ -1,4 +1,4 @@
-"""The three rules of the house that a reader could break without noticing."""
+"""The rules of the house that a reader could break without noticing."""
 
 from __future__ import annotations
 
@@ -29,6 +29,16 @@ def test_ptx_and_launches_live_in_gpu_cuh():
             continue
         found = re.search(r"\basm\b|__shared__|<<<", path.read_text())
         assert not found, f"{path}: {found[0]} belongs in gpu.cuh"
+
+
+def test_every_cuda_kernel_is_built_and_named():
+    kernels = {p.stem for p in (ROOT / "csrc").glob("*.cu")} - {"device"}
+    listed = re.findall(r"csrc/(\w+)\.cu\b", (ROOT / "CMakeLists.txt").read_text())
+    assert kernels == set(listed) - {"device"}
+    ops = re.search(r"kCudaOps\[\] = {([^}]*)}", (ROOT / "csrc" / "module.cpp").read_text())[1]
+    named = set(re.findall(r'"(\w+)"', ops))
+    missing = {op for op in named if not any(k.split(".")[0].startswith(op) for k in kernels)}
+    assert not missing, f"kCudaOps names {missing}, which have no csrc/<op>.cu"
 
 
 @pytest.mark.parametrize("op", OPS)

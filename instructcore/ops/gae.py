@@ -93,6 +93,7 @@ def _run(rewards, values, mask, cu_seqlens, dones, bootstrap, gamma, lambda_):
     advantages, returns = _allocate(
         rewards, values, mask, cu_seqlens, dones, bootstrap, gamma, lambda_
     )
+    size = _C.gae_workspace(rewards, cu_seqlens)
     _C.gae(
         rewards,
         values,
@@ -102,6 +103,7 @@ def _run(rewards, values, mask, cu_seqlens, dones, bootstrap, gamma, lambda_):
         None if bootstrap is None else plain_float(bootstrap),
         advantages,
         returns,
+        rewards.new_empty(size, dtype=torch.uint8) if size else None,
         gamma,
         lambda_,
         torch.get_num_threads(),
@@ -115,6 +117,7 @@ _gae = register(
     "Tensor? bootstrap, float gamma, float lambda_) -> (Tensor, Tensor)",
     _allocate,
     _run,
+    devices=("cpu", "cuda"),
 )
 
 
@@ -161,8 +164,9 @@ def gae(
         TypeError: an element type is not the documented one.
         ValueError: shapes or devices differ.
 
-    Numerics: float32 arithmetic whatever the input type; one serial chain per row, so the same bits
-    for any number of threads.
+    Numerics: float32 arithmetic whatever the input type. On the CPU one serial chain per row; on
+    CUDA a scan over tiles of the row, counted from its end. Either way the same bits from run to
+    run, for any number of threads and whatever the other rows.
 
     Source: Schulman et al. 2015, arXiv:1506.02438, equation 16.
     """
