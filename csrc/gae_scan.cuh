@@ -118,31 +118,4 @@ IC_GPU void gae_publish_state(GaeTileState* row, int64_t index, GaeMap run, GaeS
   store_release(&row[index].ready, 2);
 }
 
-// ---- rows of a packed (N,)
-
-struct GaeRow {
-  int64_t row, first, last;  // steps [first, last)
-  int64_t tile0;             // number of its first tile
-};
-
-// The row that tile number `tile` belongs to: the last one that begins at or before it. A warp
-// searches 32 places at a time. Offsets outside 0..steps are taken as the nearest that is inside.
-IC_GPU GaeRow gae_find_row(const int32_t* cu_seqlens, int64_t rows, int64_t steps, int64_t tile) {
-  const auto offset = [&](int64_t row) {
-    const int64_t at = cu_seqlens[row];
-    return at < 0 ? 0 : at > steps ? steps : at;
-  };
-  int64_t low = 0, count = rows;
-  while (count > 1) {
-    const int64_t stride = (count + kWarp - 1) / kWarp, row = low + lane_index() * stride;
-    const bool begun = row < low + count && offset(row) / kGaeWarpTile + row <= tile;
-    const int found = __popc(__ballot_sync(kAllLanes, begun));
-    const int64_t end = low + count;
-    if (found > 0) low += (found - 1) * stride;
-    count = end - low < stride ? end - low : stride;
-  }
-  const int64_t first = offset(low), last = offset(low + 1);
-  return {low, first, last < first ? first : last, first / kGaeWarpTile + low};
-}
-
 }  // namespace ic

@@ -62,7 +62,7 @@ void check_cu_seqlens(const char* op, const TensorView& cu_seqlens, int64_t n) {
 #endif
 
 // The ops that have CUDA kernels.
-[[maybe_unused]] constexpr const char* kCudaOps[] = {"gae"};
+[[maybe_unused]] constexpr const char* kCudaOps[] = {"gae", "ppo_advantage", "ppo_loss"};
 
 // Runs the kernel of `where`'s device without the GIL; a CUDA kernel on that device and torch's current stream
 // of it. `cuda` is null where there is none.
@@ -433,6 +433,12 @@ void gae(TensorView rewards, TensorView values, OptionalView mask, OptionalView 
 
 // ---- ppo_advantage ----
 
+int64_t ppo_advantage_workspace(TensorView logprobs, OptionalView cu_seqlens) {
+  const int64_t rows = cu_seqlens ? cu_seqlens->size(0) - 1 : logprobs.size(0);
+  if (!on_gpu(logprobs)) return rows * static_cast<int64_t>(sizeof(ic::Moments));
+  return ic::ppo_advantage_workspace_bytes(rows, logprobs.size(-1), cu_seqlens.has_value());
+}
+
 void ppo_advantage(TensorView scores, TensorView logprobs, TensorView ref_logprobs, TensorView values,
                    TensorView mask, OptionalView score_index, OptionalView cu_seqlens,
                    OptionalView dones, OptionalView bootstrap, TensorView advantages,
@@ -449,6 +455,7 @@ void ppo_advantage(TensorView scores, TensorView logprobs, TensorView ref_logpro
   args.score_index = data_or_null<const int64_t>(score_index);
   args.rewards = rewards.data<float>();
   args.row_moments = static_cast<ic::Moments*>(workspace.raw());
+  args.gae.workspace = static_cast<uint8_t*>(workspace.raw());
   args.stats = stats.data<float>();
   args.kl_coef = kl_coef;
   args.reward_clip = reward_clip;
@@ -464,7 +471,7 @@ void ppo_advantage(TensorView scores, TensorView logprobs, TensorView ref_logpro
                "ppo_advantage: score_index must be within its row of ", length, " steps, or -1, got ",
                args.score_index[b], " at ", b);
     }
-  run("ppo_advantage", logprobs, ic::ppo_advantage_cpu, nullptr, args);
+  run("ppo_advantage", logprobs, ic::ppo_advantage_cpu, CUDA_KERNEL(ppo_advantage_cuda), args);
 }
 
 void whiten_advantages(TensorView advantages, OptionalView mask, TensorView mean, TensorView var,
@@ -473,10 +480,15 @@ void whiten_advantages(TensorView advantages, OptionalView mask, TensorView mean
       advantages.data<const float>(), data_or_null<const uint8_t>(mask), mean.data<const float>(),
       var.data<const float>(),        out.data<float>(),                 advantages.numel(),
       threads};
-  run("whiten_advantages", advantages, ic::whiten_cpu, nullptr, args);
+  run("whiten_advantages", advantages, ic::whiten_cpu, CUDA_KERNEL(whiten_cuda), args);
 }
 
 // ---- ppo_loss ----
+
+int64_t ppo_loss_workspace(TensorView logprobs, int64_t segments, bool by_sequence) {
+  if (!on_gpu(logprobs)) return segments * ic::kPpoSums;
+  return ic::ppo_loss_workspace(logprobs.numel(), segments, by_sequence);
+}
 
 void ppo_loss(TensorView logprobs, TensorView old_logprobs, TensorView advantages, TensorView mask,
               OptionalView values, OptionalView old_values, OptionalView returns, OptionalView entropy,
@@ -518,7 +530,7 @@ void ppo_loss(TensorView logprobs, TensorView old_logprobs, TensorView advantage
   args.entropy_coef = entropy_coef;
   args.kl_coef = kl_coef;
   args.threads = threads;
-  run("ppo_loss", logprobs, ic::ppo_loss_cpu, nullptr, args);
+  run("ppo_loss", logprobs, ic::ppo_loss_cpu, CUDA_KERNEL(ppo_loss_cuda), args);
 }
 
 // ---- sample ----
@@ -674,6 +686,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("dones"), py::arg("bootstrap"), py::arg("advantages"), py::arg("returns"),
         py::arg("workspace"), py::arg("gamma"), py::arg("lambda_"), py::arg("threads"));
 
+  m.def("ppo_advantage_workspace", &ppo_advantage_workspace, py::arg("logprobs"),
+        py::arg("cu_seqlens"));
   m.def("ppo_advantage", &ppo_advantage, py::arg("scores"), py::arg("logprobs"),
         py::arg("ref_logprobs"), py::arg("values"), py::arg("mask"), py::arg("score_index"),
         py::arg("cu_seqlens"), py::arg("dones"), py::arg("bootstrap"), py::arg("advantages"),
@@ -683,6 +697,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("whiten_advantages", &whiten_advantages, py::arg("advantages"), py::arg("mask"),
         py::arg("mean"), py::arg("var"), py::arg("out"), py::arg("threads"));
 
+  m.def("ppo_loss_workspace", &ppo_loss_workspace, py::arg("logprobs"), py::arg("segments"),
+        py::arg("by_sequence"));
   m.def("ppo_loss", &ppo_loss, py::arg("logprobs"), py::arg("old_logprobs"), py::arg("advantages"),
         py::arg("mask"), py::arg("values"), py::arg("old_values"), py::arg("returns"),
         py::arg("entropy"), py::arg("ref_logprobs"), py::arg("weights"), py::arg("cu_seqlens"),

@@ -5,8 +5,9 @@
 //   whiten_rewards: (reward - mean) rsqrt(var + 1e-8) + mean over unmasked steps
 //   advantages, returns: gae.h; whiten: (advantage - mean) rsqrt(var + 1e-8) over unmasked steps
 //
-// Moments are float64, each row's own first, then merged in the order of the rows (Chan et al. 1979): the same
-// bits for any number of threads.
+// Moments are float64, each row's own first, then merged in the order of the rows (Chan et al. 1979);
+// on CUDA each tile's own, then merged in the order of the tiles. So the same bits for any number of
+// threads.
 #pragma once
 
 #include "gae.h"
@@ -25,7 +26,7 @@ struct PpoAdvantageArgs {
   const uint8_t* mask;         // 1 = a step of the response
   const int64_t* score_index;  // (B,) within the row, -1: not paid; null: the last unmasked step
   float* rewards;
-  Moments* row_moments;        // (B,) workspace
+  Moments* row_moments;        // (B,) workspace on the CPU
   float* stats;                // (3,): count, mean, M2 of the advantages before whitening
   GaeArgs gae;                 // rewards, values, mask, cu_seqlens, ... and the two outputs
   float kl_coef, reward_clip;  // reward_clip < 0: none
@@ -51,7 +52,33 @@ IC_HOST_DEVICE Moments merge_moments(Moments a, Moments b) {
           a.m2 + b.m2 + delta * delta * (a.count * b.count / count)};
 }
 
+IC_HOST_DEVICE float kl_reward(float kl_coef, float logprob, float ref_logprob) {
+  return -kl_coef * (logprob - ref_logprob);
+}
+
+IC_HOST_DEVICE float clipped_score(float score, float clip) {  // NaN stays; clip < 0: none
+  if (clip < 0) return score;
+  if (score > clip) return clip;
+  return score < -clip ? -clip : score;
+}
+
+IC_HOST_DEVICE float whiten_factor(float var) { return 1.0f / __builtin_sqrtf(var + 1e-8f); }
+
+IC_HOST_DEVICE float whitened(float x, float mean, float factor, float shift) {
+  return (x - mean) * factor + shift;
+}
+
+// On CUDA: gae's, two whitenings, where each row is paid, and moments by warps (gae_slots: where a
+// block's tile is cut short, up to 7 without steps).
+IC_HOST_DEVICE int64_t ppo_advantage_workspace_bytes(int64_t rows, int64_t steps, bool packed) {
+  const int64_t slots = gae_tiles(rows, steps, packed, kGaeWarpTile) + (packed ? 0 : 7 * rows);
+  return gae_workspace_bytes(rows, steps, packed) + 2 * 8 + rows * 8 +
+         slots * static_cast<int64_t>(sizeof(Moments));
+}
+
 IC_CPU_KERNEL(ppo_advantage_cpu, PpoAdvantageArgs)
 IC_CPU_KERNEL(whiten_cpu, WhitenArgs)
+void ppo_advantage_cuda(const PpoAdvantageArgs&, void* stream);
+void whiten_cuda(const WhitenArgs&, void* stream);
 
 }  // namespace ic

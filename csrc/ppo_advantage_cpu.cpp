@@ -26,17 +26,12 @@ void write_rewards(const PpoAdvantageArgs& a, int64_t b, Row row) {
   int64_t paid = -1;
   for (int64_t t = 0; t < row.steps; ++t) {
     const int64_t i = row.offset + t;
-    rewards[t] = mask[t] ? -a.kl_coef * (a.logprobs[i] - a.ref_logprobs[i]) : 0.0f;
+    rewards[t] = mask[t] ? kl_reward(a.kl_coef, a.logprobs[i], a.ref_logprobs[i]) : 0.0f;
     if (mask[t]) paid = t;
   }
   if (a.score_index) paid = a.score_index[b];
   if (paid < 0 || paid >= row.steps || !mask[paid]) return;
-  float score = a.scores[b];
-  if (a.reward_clip >= 0) {
-    if (score > a.reward_clip) score = a.reward_clip;
-    if (score < -a.reward_clip) score = -a.reward_clip;
-  }
-  rewards[paid] += score;
+  rewards[paid] += clipped_score(a.scores[b], a.reward_clip);
 }
 
 Moments moments_of(const float* x, const uint8_t* mask, int64_t n) {
@@ -62,9 +57,9 @@ Moments merge_rows(const PpoAdvantageArgs& a) {
 
 // x <- (x - mean) rsqrt(var + 1e-8) + shift on unmasked steps.
 void scale(float* out, const float* x, const uint8_t* mask, int64_t n, float mean, float var, float shift) {
-  const float factor = 1.0f / __builtin_sqrtf(var + 1e-8f);
+  const float factor = whiten_factor(var);
   for (int64_t i = 0; i < n; ++i)
-    out[i] = (!mask || mask[i]) ? (x[i] - mean) * factor + shift : 0.0f;
+    out[i] = (!mask || mask[i]) ? whitened(x[i], mean, factor, shift) : 0.0f;
 }
 
 void scale_rows(const PpoAdvantageArgs& a, float* x, Moments all, bool keep_mean, int64_t begin,

@@ -8,13 +8,14 @@
 //   loss   = sum over unmasked tokens of w (policy + value_coef value - entropy_coef entropy + kl_coef kl),
 //            over the normalizer
 //
-// Tokens are cut into segments: a row each where w depends on the row ("sequence"), else fixed blocks. A
-// segment's sums are its own; they are added in order, so bits do not depend on the threads. Packed tokens
-// outside every row count nowhere and have gradient 0.
+// Tokens are cut into segments: a row each where w depends on the row ("sequence"), else fixed blocks; on CUDA
+// always blocks. A segment's sums are its own; they are added in order, so bits do not depend on the threads.
+// Packed tokens outside every row count nowhere and have gradient 0.
 #pragma once
 
 #include <stdint.h>
 
+#include "dtype.h"
 #include "isa.h"
 
 namespace ic {
@@ -48,7 +49,7 @@ struct PpoLossArgs {
   float* loss;                // 0-d
   float* sums;                // (kStatistics,)
   float *grad_logprobs, *grad_values, *grad_entropy;  // (tokens,) of the loss; null: not wanted
-  double* workspace;          // (segments, kPpoSums)
+  double* workspace;          // ppo_loss_workspace() of them; (segments, kPpoSums) on the CPU
   int64_t tokens, segments, segment_tokens;  // segment_tokens (of each but the last): unless cu_seqlens
   bool by_sequence;
   float ratio_low, ratio_high, dual_clip, value_clip_range;  // dual_clip, value_clip < 0: none
@@ -56,6 +57,18 @@ struct PpoLossArgs {
   int threads;
 };
 
+// On CUDA: tokens of a block, in the sweep and in the count.
+constexpr int64_t kPpoChunk = 2048, kPpoCountChunk = 16384;
+
+constexpr int64_t ppo_chunks(int64_t tokens, int64_t chunk) { return (tokens + chunk - 1) / chunk; }
+
+// Doubles of workspace on CUDA: the scale, counts, the chunks' sums.
+constexpr int64_t ppo_loss_workspace(int64_t tokens, int64_t segments, bool by_sequence) {
+  return 1 + (by_sequence ? segments : ppo_chunks(tokens, kPpoCountChunk)) +
+         ppo_chunks(tokens, kPpoChunk) * kPpoSums;
+}
+
 IC_CPU_KERNEL(ppo_loss_cpu, PpoLossArgs)
+void ppo_loss_cuda(const PpoLossArgs&, void* stream);
 
 }  // namespace ic

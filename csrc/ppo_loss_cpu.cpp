@@ -3,6 +3,8 @@
 
 #include "parallel.h"
 #include "simd.h"
+// After the vectors that it is written in.
+#include "ppo_loss_token.h"
 
 namespace ic::IC_ISA {
 namespace {
@@ -17,11 +19,6 @@ Segment segment_of(const PpoLossArgs& a, int64_t s) {
   return {s * a.segment_tokens, end < a.tokens ? end : a.tokens};
 }
 
-Vec clamp(Vec x, float low, float high) {  // NaN stays
-  x = select(x < broadcast(low), broadcast(low), x);
-  return select(x > broadcast(high), broadcast(high), x);
-}
-
 // A term's sum in float64, lane by lane: thousands of terms of either sign would lose digits in float32.
 struct LaneSums {
   double lane[kLanes];
@@ -34,12 +31,14 @@ struct Coefficients {
 
 // Up to 16 tokens from i on: adds to the sums, writes the gradients.
 IC_INLINE void tokens16(const PpoLossArgs& a, int64_t i, int n, Coefficients c, LaneSums (&sums)[kPpoSums]) {
-  const Vec zero = broadcast(0.0f), one = broadcast(1.0f);
+  const Vec zero = broadcast(0.0f);
   const Mask kept = load_mask(a.mask + i, n);
   const auto in = [&](const float* x) __attribute__((always_inline)) {
+    if (!x) return zero;
     return select(kept, n == kLanes ? load(x + i) : load_partial(x + i, n, 0.0f), zero);
   };
   const auto put = [&](float* x, Vec gradient) __attribute__((always_inline)) {
+    if (!c.gradients || !x) return;
     gradient = select(kept, gradient, zero);
     if (n == kLanes) {
       store(x + i, gradient);
@@ -53,75 +52,14 @@ IC_INLINE void tokens16(const PpoLossArgs& a, int64_t i, int n, Coefficients c, 
     for (int k = 0; k < kLanes; ++k) sums[which].lane[k] += lane[k];
   };
 
-  const Vec logprob = in(a.logprobs), advantage = in(a.advantages);
-  const Vec raw = logprob - in(a.old_logprobs);
-  const Vec d = clamp(raw, -20.0f, 20.0f);
-  const Vec ratio = exp(d);
-  const Vec plain = zero - ratio * advantage;
-  const Vec bounded = clamp(ratio, a.ratio_low, a.ratio_high);
-  const Vec clipped = zero - bounded * advantage;
-  const Mask use_clipped = clipped > plain;
-  Vec policy = select(use_clipped, clipped, plain);
-  // d(policy)/d(logprob) is policy itself where the plain branch counts and the clamp does not.
-  Vec slope = select(use_clipped, zero, plain);
-  slope = select((raw < broadcast(-20.0f)) | (raw > broadcast(20.0f)), zero, slope);
-  if (a.dual_clip >= 0) {
-    const Vec limit = broadcast(-a.dual_clip) * advantage;
-    const Mask cut = (advantage < zero) & (policy > limit);
-    policy = select(cut, limit, policy);
-    slope = select(cut, zero, slope);
-  }
-  if (a.weights) {
-    const Vec weight = in(a.weights);
-    policy = policy * weight;
-    slope = slope * weight;
-  }
-  Vec loss = policy;
-
-  if (a.values) {
-    const Vec value = in(a.values), target = in(a.returns);
-    const Vec error = target - value;
-    Vec twice = error * error, value_slope = zero - error;
-    if (a.value_clip_range >= 0) {
-      const Vec before = in(a.old_values), step = value - before;
-      const Vec bound = before + clamp(step, -a.value_clip_range, a.value_clip_range) - target;
-      const Mask outside =
-          (step < broadcast(-a.value_clip_range)) | (step > broadcast(a.value_clip_range));
-      const Mask use_bound = outside & (bound * bound > twice);
-      twice = select(use_bound, bound * bound, twice);
-      value_slope = select(use_bound, zero, value_slope);
-      add(kValueClipped, select(use_bound, one, zero));
-    }
-    const Vec value_loss = broadcast(0.5f) * twice;
-    loss = fma(broadcast(a.value_coef), value_loss, loss);
-    if (c.gradients && a.grad_values) put(a.grad_values, broadcast(c.weight * a.value_coef) * value_slope);
-    add(kValueLoss, value_loss);
-    add(kReturns, target);
-    add(kReturnsSquared, target * target);
-    add(kError, error);
-    add(kErrorSquared, error * error);
-  }
-  if (a.entropy) {
-    const Vec entropy = in(a.entropy);
-    loss = fma(broadcast(-a.entropy_coef), entropy, loss);
-    if (c.gradients && a.grad_entropy) put(a.grad_entropy, broadcast(-c.weight * a.entropy_coef));
-    add(kEntropy, entropy);
-  }
-  if (a.ref_logprobs) {
-    const Vec from_ref = in(a.ref_logprobs) - logprob;
-    const Vec odds = exp(from_ref);
-    const Vec kl = odds - one - from_ref;
-    loss = fma(broadcast(a.kl_coef), kl, loss);
-    slope = fma(broadcast(a.kl_coef), one - odds, slope);
-    add(kKl, kl);
-  }
-  if (c.gradients && a.grad_logprobs) put(a.grad_logprobs, broadcast(c.weight) * slope);
-  add(kCount, one);
-  add(kPolicyLoss, policy);
-  add(kApproxKl, broadcast(0.5f) * d * d);
-  add(kRatio, ratio);
-  add(kClipped, select(use_clipped, one, zero));
-  add(kStatistics, loss);
+  const PpoToken<Vec> token{in(a.logprobs), in(a.old_logprobs), in(a.advantages),
+                            in(a.weights),  in(a.values),       in(a.old_values),
+                            in(a.returns),  in(a.entropy),      in(a.ref_logprobs)};
+  const PpoTerms<Vec> terms = ppo_terms(a, token);
+  put(a.grad_logprobs, broadcast(c.weight) * terms.slope);
+  put(a.grad_values, broadcast(c.weight * a.value_coef) * terms.value_slope);
+  put(a.grad_entropy, broadcast(-c.weight * a.entropy_coef));
+  ppo_each_sum(a, token, terms, add);
 }
 
 double count_of(const uint8_t* mask, int64_t n) {

@@ -33,7 +33,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "big: a case too large for the emulator")
+    config.addinivalue_line("markers", "big: a case too long for the emulator")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -225,6 +225,7 @@ def test_long_rows(device, threads, layout, shape):
             assert_same_bits(a, b)
 
 
+@pytest.mark.big
 def test_opcheck_and_compile(device):
     rewards, values, mask, dones, bootstrap = inputs((3, 7), device=device)
     op = torch.ops.instructcore.gae.default

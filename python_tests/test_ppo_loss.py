@@ -167,6 +167,19 @@ def test_packed_tokens_outside_every_row_count_nowhere(device, ends, dirty_memor
         assert_same_bits(again[2][name], ours[2][name])
 
 
+def test_tokens_of_no_row(device):
+    tensors = {k: v[0] for k, v in inputs((1, 60), device=device).items()}
+    cu = torch.tensor([7, 20, 20, 55], dtype=torch.int32, device=device)
+    inside = {k: v[7:55] for k, v in tensors.items()}
+    options = {"aggregate": "sequence", **EVERYTHING}
+    loss, sums, gradients = run(ppo_loss, tensors, cu_seqlens=cu, **options)
+    alone = run(ppo_loss, inside, cu_seqlens=cu - 7, **options)
+    assert torch.allclose(loss, alone[0], rtol=1e-6) and torch.allclose(sums, alone[1], rtol=1e-5)
+    for name in DIFFERENTIABLE:
+        assert_same_bits(gradients[name][7:55], alone[2][name])
+        assert gradients[name][:7].eq(0).all() and gradients[name][55:].eq(0).all()
+
+
 def test_deterministic(device, threads):
     tensors = inputs((64, 300), device=device)
     first = run(ppo_loss, tensors, **EVERYTHING)
@@ -224,6 +237,7 @@ def test_identities(device):
     assert loss.item() == pytest.approx(math.exp(20.0), rel=1e-5) and far.grad.item() == 0
 
 
+@pytest.mark.big
 def test_opcheck_and_compile(device):
     tensors = inputs((3, 7), device=device)
     order = ("values", "old_values", "returns", "entropy", "ref_logprobs", "weights")

@@ -166,7 +166,7 @@ def _run(scores, logprobs, ref_logprobs, values, mask, score_index, cu_seqlens, 
         returns,
         rewards,
         stats,
-        scores.new_empty((scores.shape[0], 3), dtype=torch.float64),
+        scores.new_empty(_C.ppo_advantage_workspace(logprobs, cu_seqlens), dtype=torch.uint8),
         *settings,
         torch.get_num_threads(),
     )
@@ -181,6 +181,7 @@ _ppo_advantage = register(
     "bool unbiased) -> (Tensor, Tensor, Tensor, Tensor)",
     _allocate,
     _run,
+    devices=("cpu", "cuda"),
 )
 
 
@@ -236,8 +237,8 @@ def ppo_advantage(
     Raises:
         TypeError, ValueError: an element type, shape or device is not the documented one.
 
-    Numerics: float32, moments in float64, row by row and in the order of the rows: the same bits
-    for any number of threads.
+    Numerics: float32, GAE as `gae`; moments in float64, merged in the order of the rows (on CUDA of
+    their tiles): the same bits from run to run and for any number of threads.
 
     Source: Ouyang et al. 2022, arXiv:2203.02155, section 3.5; Huang et al. 2024, arXiv:2403.17031.
     """
@@ -293,6 +294,7 @@ _whiten_advantages = register(
     "(Tensor advantages, Tensor? mask, Tensor mean, Tensor var) -> Tensor",
     _allocate_whiten,
     _run_whiten,
+    devices=("cpu", "cuda"),
 )
 
 

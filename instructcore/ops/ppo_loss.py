@@ -262,7 +262,9 @@ def _run(
         loss,
         sums,
         *(g if g.shape == logprobs.shape else None for g in gradients),
-        logprobs.new_empty((segments, len(STATISTICS) + 1), dtype=torch.float64),
+        logprobs.new_empty(
+            _C.ppo_loss_workspace(logprobs, segments, by_sequence), dtype=torch.float64
+        ),
         segments,
         segment_tokens,
         by_sequence,
@@ -282,6 +284,7 @@ _ppo_loss = register(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _allocate,
     _run,
+    devices=("cpu", "cuda"),
 )
 
 
