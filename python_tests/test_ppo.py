@@ -633,6 +633,7 @@ def test_presets(capsys):
         ({"missing_eos": "maybe"}, "--missing-eos must be one of"),
         ({"preset": "gpt5"}, "--preset must be one of"),
         ({"temperature": 0.0}, "--temperature must be in"),
+        ({"dual_clip": 0.5}, r"--dual-clip must be 0 \(none\) or above 1, got 0.5"),
         ({"ema": 0.0, "export_ema": True}, "--export-ema needs --ema"),
         ({"prompts": ()}, "--prompts is missing"),
     ],
