@@ -180,6 +180,8 @@ class PPOConfig:
         check_divides(self.minibatch, self.batch, ("minibatch", "batch"))
         if self.micro_batch:
             check_divides(self.micro_batch, self.minibatch, ("micro-batch", "minibatch"))
+        dual = self.dual_clip
+        check(dual == 0 or dual > 1, f"--dual-clip must be 0 (none) or above 1, got {dual}")
         check(self.ema > 0 or not self.export_ema, "--export-ema needs --ema above 0")
 
     def _apply_preset(self) -> None:

@@ -667,6 +667,7 @@ def test_a_run_prints_what_the_preset_sets_and_no_more(folder, tmp_path, capsys)
         ({"missing_eos": "maybe"}, "--missing-eos must be one of"),
         ({"preset": "gpt5"}, "--preset must be one of"),
         ({"temperature": 0.0}, "--temperature must be in"),
+        ({"dual_clip": 0.5}, r"--dual-clip must be 0 \(none\) or above 1, got 0.5"),
         ({"ema": 0.0, "export_ema": True}, "--export-ema needs --ema"),
         ({"prompts": ()}, "--prompts is missing"),
         ({"reward": "gold"}, "--reward gold: PPO never sees the rule"),
