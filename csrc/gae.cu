@@ -10,9 +10,11 @@
 namespace ic {
 namespace {
 
-// Steps of any strides and types.
+// kFloats: float32, and the steps of a row lie side by side, so that a lane's addresses differ by
+// constants. Else any types and strides.
+template <bool kFloats>
 struct Steps {
-  static constexpr bool kAnyStrides = true;
+  static constexpr bool kAnyStrides = !kFloats;
   GaeArgs a;
 
   struct Row {};
@@ -22,15 +24,19 @@ struct Steps {
   };
 
   IC_GPU static uint32_t bits(const void* base, Dtype dtype, int64_t i) {
-    if (dtype == Dtype::kFloat32) return static_cast<const uint32_t*>(base)[i];
+    if (kFloats || dtype == Dtype::kFloat32) return static_cast<const uint32_t*>(base)[i];
     return static_cast<const uint16_t*>(base)[i];
   }
 
   IC_GPU static float value_of(uint32_t bits, Dtype dtype) {
+    if (kFloats || dtype == Dtype::kFloat32) return float_from_bits(bits);
     const uint16_t half = static_cast<uint16_t>(bits);
-    if (dtype == Dtype::kBFloat16) return to_float(BFloat16{half});
-    if (dtype == Dtype::kFloat16) return to_float(Float16{half});
-    return float_from_bits(bits);
+    return dtype == Dtype::kBFloat16 ? to_float(BFloat16{half}) : to_float(Float16{half});
+  }
+
+  // Of an element of row `row`, step t, in strides of a tensor.
+  IC_GPU static int64_t index(int64_t row, int64_t row_stride, int64_t t, int64_t stride) {
+    return row * row_stride + (kFloats ? t : t * stride);
   }
 
   IC_HOST_DEVICE const GaeArgs& gae() const { return a; }
@@ -38,10 +44,10 @@ struct Steps {
 
   IC_GPU Raw load(int64_t row, int64_t t) const {
     Raw raw{};
-    raw.reward = bits(a.rewards, a.rewards_dtype, row * a.rewards_row + t * a.rewards_step);
-    raw.value = bits(a.values, a.values_dtype, row * a.values_row + t * a.values_step);
-    raw.unmasked = a.mask ? a.mask[row * a.mask_row + t * a.mask_step] : 1;
-    if (a.dones) raw.done = a.dones[row * a.dones_row + t * a.dones_step];
+    raw.reward = bits(a.rewards, a.rewards_dtype, index(row, a.rewards_row, t, a.rewards_step));
+    raw.value = bits(a.values, a.values_dtype, index(row, a.values_row, t, a.values_step));
+    raw.unmasked = a.mask ? a.mask[index(row, a.mask_row, t, a.mask_step)] : 1;
+    if (a.dones) raw.done = a.dones[index(row, a.dones_row, t, a.dones_step)];
     return raw;
   }
 
@@ -56,6 +62,12 @@ struct Steps {
 
 }  // namespace
 
-void gae_cuda(const GaeArgs& a, void* stream) { launch_gae("gae", Steps{a}, stream); }
+void gae_cuda(const GaeArgs& a, void* stream) {
+  const bool side_by_side = a.rewards_step == 1 && a.values_step == 1 &&
+                            (!a.mask || a.mask_step == 1) && (!a.dones || a.dones_step == 1);
+  if (side_by_side && a.rewards_dtype == Dtype::kFloat32 && a.values_dtype == Dtype::kFloat32)
+    return launch_gae("gae", Steps<true>{a}, stream);
+  launch_gae("gae", Steps<false>{a}, stream);
+}
 
 }  // namespace ic

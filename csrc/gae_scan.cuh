@@ -42,12 +42,19 @@ IC_GPU GaeMap gae_prepend(GaeInput step, GaeMap after, float gamma, float lambda
   return {s.advantage, from_value, decay * after.from_advantage, s.next_value, kind};
 }
 
+// By selection, without branches: lanes differ in what they have to do.
 IC_GPU GaeMap gae_compose(GaeMap before, GaeMap after) {
-  if (before.kind == GaeMap::kPasses) return after;
-  if (before.kind == GaeMap::kCuts || after.kind == GaeMap::kPasses) return before;
+  const bool keep = before.kind == GaeMap::kCuts || after.kind == GaeMap::kPasses;
+  const bool skip = before.kind == GaeMap::kPasses;
+  const auto choose = [=](float composed, float kept, float skipped) {
+    return skip ? skipped : keep ? kept : composed;
+  };
   const float bias = before.bias + before.from_value * after.value;
-  return {bias + before.from_advantage * after.bias, before.from_advantage * after.from_value,
-          before.from_advantage * after.from_advantage, before.value, after.kind};
+  return {choose(bias + before.from_advantage * after.bias, before.bias, after.bias),
+          choose(before.from_advantage * after.from_value, before.from_value, after.from_value),
+          choose(before.from_advantage * after.from_advantage, before.from_advantage,
+                 after.from_advantage),
+          skip ? after.value : before.value, skip || !keep ? after.kind : before.kind};
 }
 
 IC_GPU GaeState gae_apply(GaeMap map, GaeState after) {

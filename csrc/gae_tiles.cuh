@@ -20,6 +20,8 @@
 //   GaeInput input(Row, Raw, at, t)   the step; it may write what it likes at (at, t)
 //   void finish(slot, advantages, unmasked)    of a lane, for each warp once; every slot from 0 to
 //                               gae_slots() - 1 gets one warp, perhaps without steps
+//   void clear(i)               a packed step of no row
+//   kAnyStrides                 rows may be time-major
 #pragma once
 
 #include "gae.h"
@@ -103,7 +105,7 @@ constexpr int kGaeStaged = static_cast<int>(kGaeWarpTile + kGaeWarpTile / kGaeIt
 
 struct GaeStage {
   float reward[kGaeStaged], value[kGaeStaged];  // then advantage and return
-  uint8_t flags[kGaeWarpTile];                  // 1: unmasked, 2: done
+  alignas(8) uint8_t flags[kGaeWarpTile];       // 1: unmasked, 2: done
 
   IC_GPU static int padded(int position) { return position + position / kGaeItems; }
 
@@ -112,10 +114,30 @@ struct GaeStage {
     value[padded(position)] = step.value;
     flags[position] = static_cast<uint8_t>(step.unmasked | step.done << 1);
   }
+};
 
-  IC_GPU GaeInput get(int position) const {
-    const uint8_t f = flags[position];
-    return {reward[padded(position)], value[padded(position)], (f & 1) != 0, (f & 2) != 0};
+// A lane's steps, in registers.
+struct GaeLaneSteps {
+  float reward[kGaeItems], value[kGaeItems];
+  uint64_t flags;  // a byte for each
+
+  IC_GPU explicit GaeLaneSteps(const GaeStage& stage) {
+    const int first = lane_index() * kGaeItems;
+    flags = *reinterpret_cast<const uint64_t*>(stage.flags + first);
+#pragma unroll
+    for (int i = 0; i < kGaeItems; ++i) {
+      reward[i] = stage.reward[GaeStage::padded(first) + i];
+      value[i] = stage.value[GaeStage::padded(first) + i];
+    }
+  }
+
+  // All are real and none ends an episode. Most lanes are so: they save the tests of each step.
+  IC_GPU bool plain() const { return flags == 0x0101010101010101u; }
+
+  template <bool kPlain>
+  IC_GPU GaeInput get(int i) const {
+    if constexpr (kPlain) return {reward[i], value[i], true, false};
+    return {reward[i], value[i], (flags >> 8 * i & 1) != 0, (flags >> 8 * i & 2) != 0};
   }
 };
 
@@ -164,43 +186,62 @@ IC_GPU void gae_stage_time_major(const Source& source, GaeStage (&stages)[kGaeWa
   __syncthreads();
 }
 
-IC_GPU GaeMap gae_lane_run(const GaeArgs& a, const GaeStage& stage) {
+template <bool kPlain>
+IC_GPU GaeMap gae_lane_run(const GaeArgs& a, const GaeLaneSteps& steps) {
   GaeMap run = kGaeIdentity;
 #pragma unroll
   for (int i = 0; i < kGaeItems; ++i)
-    run = gae_prepend(stage.get(lane_index() * kGaeItems + i), run, a.gamma, a.lambda);
+    run = gae_prepend(steps.get<kPlain>(i), run, a.gamma, a.lambda);
   return run;
+}
+
+// Of lane l: the run of the steps of lanes l, l - 1, .., 0.
+IC_GPU GaeMap gae_warp_run(const GaeArgs& a, const GaeLaneSteps& steps) {
+  return gae_warp_scan(steps.plain() ? gae_lane_run<true>(a, steps)
+                                     : gae_lane_run<false>(a, steps));
+}
+
+// From the state after a lane's steps: what is to be put out, in place of the steps. Returns which
+// are unmasked.
+template <bool kPlain>
+IC_GPU uint32_t gae_lane_replay(const GaeArgs& a, GaeLaneSteps& steps, GaeState state) {
+  uint32_t unmasked = 0;
+#pragma unroll
+  for (int i = 0; i < kGaeItems; ++i) {
+    const GaeInput step = steps.get<kPlain>(i);
+    if (step.done) state = {0.0f, 0.0f};
+    if (step.unmasked) state = gae_step(state, step.reward, step.value, a.gamma, a.lambda);
+    steps.reward[i] = step.unmasked ? state.advantage : 0.0f;
+    steps.value[i] = step.unmasked ? state.advantage + step.value : 0.0f;
+    unmasked |= step.unmasked << i;
+  }
+  return unmasked;
 }
 
 // This lane's steps from the state after them on, then the warp's outputs, coalesced.
 template <class Source>
-IC_GPU void gae_replay(const Source& source, GaeStage& stage, const GaeTile& tile, int64_t slot,
-                       GaeState state) {
+IC_GPU void gae_replay(const Source& source, GaeStage& stage, GaeLaneSteps& steps,
+                       const GaeTile& tile, int64_t slot, GaeState state) {
   const GaeArgs& a = source.gae();
-  float advantages[kGaeItems];
-  uint32_t unmasked = 0;
+  const uint32_t unmasked = steps.plain() ? gae_lane_replay<true>(a, steps, state)
+                                          : gae_lane_replay<false>(a, steps, state);
+  const int first = GaeStage::padded(lane_index() * kGaeItems);
 #pragma unroll
   for (int i = 0; i < kGaeItems; ++i) {
-    const int at = GaeStage::padded(lane_index() * kGaeItems + i);
-    const GaeInput step = stage.get(lane_index() * kGaeItems + i);
-    if (step.done) state = {0.0f, 0.0f};
-    if (step.unmasked) state = gae_step(state, step.reward, step.value, a.gamma, a.lambda);
-    advantages[i] = step.unmasked ? state.advantage : 0.0f;
-    unmasked |= step.unmasked << i;
-    stage.reward[at] = advantages[i];
-    stage.value[at] = step.unmasked ? state.advantage + step.value : 0.0f;
+    stage.reward[first + i] = steps.reward[i];
+    stage.value[first + i] = steps.value[i];
   }
   __syncwarp();
   const int count = tile.count();
+  const int64_t to = tile.at * a.steps + tile.last;
 #pragma unroll
   for (int i = 0; i < kGaeItems; ++i) {
     const int position = i * kWarp + lane_index();
     if (position >= count) continue;
-    const int64_t to = tile.at * a.steps + tile.last - position;
-    a.advantages[to] = stage.reward[GaeStage::padded(position)];
-    a.returns[to] = stage.value[GaeStage::padded(position)];
+    a.advantages[to - position] = stage.reward[GaeStage::padded(position)];
+    a.returns[to - position] = stage.value[GaeStage::padded(position)];
   }
-  source.finish(slot, advantages, unmasked);
+  source.finish(slot, steps.reward, unmasked);
 }
 
 IC_GPU GaeState gae_initial_state(const GaeArgs& a, int64_t row) {
@@ -238,7 +279,8 @@ __global__ void __launch_bounds__(kGaeWarps* kWarp)
     gae_stage(source, stage, tile);
   }
 
-  const GaeMap scanned = gae_warp_scan(gae_lane_run(a, stage));
+  GaeLaneSteps steps(stage);
+  const GaeMap scanned = gae_warp_run(a, steps);
   GaeState after = gae_initial_state(a, tile.row);
   if (kChained && tile.left > 0) {
     const GaeMap all = shuffle_from(scanned, kWarp - 1);
@@ -249,7 +291,7 @@ __global__ void __launch_bounds__(kGaeWarps* kWarp)
   }
   const GaeMap later = shuffle_up(scanned, 1);
   if (lane_index() > 0) after = gae_apply(later, after);
-  gae_replay(source, stage, tile, tile.number, after);
+  gae_replay(source, stage, steps, tile, tile.number, after);
 }
 
 // A block for each tile of 2048 positions.
@@ -269,7 +311,8 @@ __global__ void __launch_bounds__(kGaeWarps* kWarp)
   const GaeTile part{row, row, index, row * tiles + index, last, last + 1};
   gae_stage(source, stage, part);
 
-  const GaeMap scanned = gae_warp_scan(gae_lane_run(a, stage));
+  GaeLaneSteps steps(stage);
+  const GaeMap scanned = gae_warp_run(a, steps);
   if (lane_index() == kWarp - 1) of_warp[warp_index()] = scanned;
   __syncthreads();
   GaeMap later = kGaeIdentity;  // of the warps with later steps
@@ -291,7 +334,7 @@ __global__ void __launch_bounds__(kGaeWarps* kWarp)
   after = gae_apply(later, after);
   const GaeMap in_warp = shuffle_up(scanned, 1);
   if (lane_index() > 0) after = gae_apply(in_warp, after);
-  gae_replay(source, stage, part, part.number * kGaeWarps + warp_index(), after);
+  gae_replay(source, stage, steps, part, part.number * kGaeWarps + warp_index(), after);
 }
 
 // ---- launches

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import emulated
 import pytest
+import torch
 
 SCHEDULES = [("first", "late", 0), ("last", "early", 0), ("random", "random", 1)]
 
@@ -79,6 +80,26 @@ def test_waiting_for_a_block_that_may_not_have_started():
     assert "deadlock: wait_for_flag" in run("chain", "broken", ("last", "late", 0), "fast")
 
 
+@pytest.mark.parametrize("flavour", emulated.FLAVOURS)
+def test_primitives_keep_their_promises_emulated(flavour):
+    program = emulated.build_program(flavour, "emulator/conformance.cu")
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.stdout.strip() == "ok", done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_primitives_keep_their_promises_cuda(tmp_path):
+    program = tmp_path / "conformance"
+    source = emulated.CSRC / "emulator" / "conformance.cu"
+    subprocess.run(
+        ["nvcc", "-std=c++17", "-arch=native", f"-I{emulated.CSRC}", source, "-o", program],
+        check=True,
+    )
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.stdout.strip() == "ok", done.stdout + done.stderr
+
+
 # A mistake in gae: (file, what is there, what is put in its place, the flavour and what it says).
 GAE_BUGS = {
     "flag_not_waited_for": (
@@ -89,21 +110,21 @@ GAE_BUGS = {
         "wrong values",
     ),
     "no_ticket": (
-        "gae.cu",
+        "gae_tiles.cuh",
         "kChained ? draw_ticket(workspace.ticket) : blockIdx.x",
         "blockIdx.x",
         "fast",
         "deadlock: wait_for_flag",
     ),
     "stage_read_too_early": (
-        "gae.cu",
-        "loads.put(a, i, stage, i * kWarp + lane_index());\n  __syncwarp();\n",
-        "loads.put(a, i, stage, i * kWarp + lane_index());\n",
+        "gae_tiles.cuh",
+        ": kGaeNoStep);\n  }\n  __syncwarp();\n",
+        ": kGaeNoStep);\n  }\n",
         "check",
         "shared memory",
     ),
     "past_the_last_position": (
-        "gae.cu",
+        "gae_tiles.cuh",
         "    if (position >= count) continue;\n",
         "    if (position > count) continue;\n",
         "asan",

@@ -244,6 +244,32 @@ def test_opcheck_and_compile(device):
     assert_same_bits(expanded[0], copied[0])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_stream_and_graph_cuda():
+    rewards, values, mask, dones, bootstrap = inputs((3, 5000), device="cuda")
+    options = {"gamma": GAMMA, "lambda_": LAMBDA, "dones": dones, "bootstrap": bootstrap}
+    expected = gae(rewards, values, mask, **options)
+    late = torch.zeros_like(rewards)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        late.copy_(rewards)  # on another stream the op would come before this
+        ours = gae(late, values, mask, **options)
+    stream.synchronize()
+    for a, b in zip(ours, expected, strict=True):
+        assert_same_bits(a, b)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours = gae(late, values, mask, **options)
+    late.copy_(rewards.flip(0))
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    for a, b in zip(ours, gae(late, values, mask, **options), strict=True):
+        assert_same_bits(a, b)
+
+
 def test_no_gradient():
     rewards = torch.randn(2, 3, requires_grad=True)
     advantages, returns = gae(rewards, torch.randn(2, 3), gamma=1.0, lambda_=1.0)

@@ -118,30 +118,29 @@ def test_packed_equals_padded(device, backend):
 
 
 def test_rows_of_many_tiles(device):
-    # 5000 steps: 3 tiles of a block, 20 of a warp; a row without a step, one whose mask ends early.
-    tensors = inputs((3, 5000), device=device)
+    # 2500 steps: 2 tiles of a block, 10 of a warp; a row without a step, one whose mask ends early.
+    tensors = inputs((3, 2500), device=device)
     mask = tensors[-1]
     mask[1] = False
     mask[2, 700:] = False
-    options = {**SETTINGS, "dones": torch.rand(3, 5000, device=device) > 0.999}
-    cu = torch.tensor([7, 3007, 3007, 5007], dtype=torch.int32, device=device)
-    for whiten_rewards in (False, True):
-        options["whiten_rewards"] = whiten_rewards
-        ours = ppo_advantage(*tensors, **options)
-        truth = ppo_advantage_reference(*double(tensors), **options)
-        native = ppo_advantage_reference(*tensors, **options)
+    dones = torch.rand(3, 2500, device=device) > 0.999
+    # The first tokens of the same as if they were three packed rows.
+    cu = torch.tensor([7, 1507, 1507, 2507], dtype=torch.int32, device=device)
+    packed = [tensors[0], *(x.reshape(-1)[:2520] for x in tensors[1:])]
+    packed[-1] = packed[-1].clone()
+    packed[-1][:7] = packed[-1][2507:] = False
+    cases = ((tensors, {"dones": dones}), (packed, {"cu_seqlens": cu, "whiten_rewards": True}))
+    for arguments, options in cases:
+        ours = ppo_advantage(*arguments, **SETTINGS, **options)
+        native = ppo_advantage_reference(*arguments, **SETTINGS, **options)
+        truth = ppo_advantage_reference(*double(arguments), **SETTINGS, **options)
         for name in ("advantages", "returns", "rewards", "stats"):
             assert_close(*(getattr(x, name) for x in (ours, native, truth)), name=name)
-        # The first 5000 tokens of the padded rows as if they were three packed rows.
-        packed = [tensors[0], *(x.reshape(-1)[:5020] for x in tensors[1:])]
-        packed[4] = packed[4].clone()
-        packed[4][:7] = packed[4][5007:] = False
-        settings = {**SETTINGS, "whiten_rewards": whiten_rewards, "cu_seqlens": cu}
-        ours = ppo_advantage(*packed, **settings)
-        truth = ppo_advantage_reference(*double(packed), **settings)
-        native = ppo_advantage_reference(*packed, **settings)
-        for name in ("advantages", "returns", "rewards", "stats"):
-            assert_close(*(getattr(x, name) for x in (ours, native, truth)), name=name)
+    plain = ppo_advantage(*tensors, **SETTINGS, dones=dones)
+    white = ppo_advantage(*tensors, **SETTINGS, dones=dones, whiten_rewards=True)
+    before, after = plain.rewards[mask].double(), white.rewards[mask].double()
+    assert math.isclose(before.mean(), after.mean(), abs_tol=1e-6)
+    assert abs(after.std(unbiased=False) - 1) < 1e-3
 
 
 def test_deterministic(device, threads):
