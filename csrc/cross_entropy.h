@@ -34,6 +34,26 @@ struct CrossEntropyArgs {
   int threads;
 };
 
+// The sum of w[t] over the rows that are not ignored. On CUDA, where nobody waits to check them,
+// targets out of range count 1, or 0 with weights: their loss is NaN.
+struct CrossEntropyTotalArgs {
+  const int64_t* targets;  // (N,)
+  const float* weight;     // (V,); null: 1
+  float* total;
+  int64_t rows, vocab, ignore_index;
+};
+
+// loss = sum of losses / total, 0 where the total is 0.
+struct CrossEntropyReduceArgs {
+  const float* losses;  // (N,)
+  const float* total;   // null: 1
+  float* loss;
+  int64_t rows;
+};
+
 IC_CPU_KERNEL(cross_entropy_cpu, CrossEntropyArgs)
+void cross_entropy_cuda(const CrossEntropyArgs&, void* stream);
+void cross_entropy_total_cuda(const CrossEntropyTotalArgs&, void* stream);
+void cross_entropy_reduce_cuda(const CrossEntropyReduceArgs&, void* stream);
 
 }  // namespace ic

@@ -90,6 +90,14 @@ IC_GPU uint4 load16_streaming(const void* p) {
   return v;
 }
 
+// 16 aligned bytes of global memory of which only those in [begin, end) are used, one or more. The
+// others may be anybody's: no such access crosses a page. kStreaming: they take no place in L1.
+template <bool kStreaming>
+IC_GPU uint4 load16_part(const void* p, const void*, const void*) {
+  if constexpr (kStreaming) return load16_streaming(p);
+  return *static_cast<const uint4*>(p);
+}
+
 // 16 bytes of global memory that are not read again soon: first to leave L2.
 IC_GPU void store16_streaming(void* p, uint4 v) {
   asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z),

@@ -62,12 +62,14 @@ void check_cu_seqlens(const char* op, const TensorView& cu_seqlens, int64_t n) {
 #endif
 
 // The ops that have CUDA kernels.
-[[maybe_unused]] constexpr const char* kCudaOps[] = {"gae", "ppo_advantage", "ppo_loss"};
+[[maybe_unused]] constexpr const char* kCudaOps[] = {"cross_entropy", "gae", "ppo_advantage", "ppo_loss",
+                                                "token_logprobs"};
 
 // Runs the kernel of `where`'s device without the GIL; a CUDA kernel on that device and torch's current stream
 // of it. `cuda` is null where there is none.
 template <class Args>
-void run(const char* op, const TensorView& where, [[maybe_unused]] void (*cpu)(const Args&),
+void run(const char* op, const TensorView& where,
+         [[maybe_unused]] std::type_identity_t<void (*)(const Args&)> cpu,
          std::type_identity_t<void (*)(const Args&, void*)> cuda, const Args& args) {
   if (on_gpu(where)) {
     IC_CHECK(cuda, op, ": this build has no CUDA kernel for it; move the tensors to the CPU");
@@ -320,14 +322,18 @@ void advise_huge_pages(TensorView fresh, int64_t bytes) {
 }
 
 // Counts the rows that are neither ignored nor masked and checks their targets; `total`, where given, gets
-// the sum of their weights.
+// the sum of their weights. On CUDA the host waits for nothing: no check, and -1 for the count.
 int64_t check_targets(const char* op, TensorView targets, OptionalView mask, OptionalView weight,
                       OptionalView total, int64_t vocab, int64_t ignore_index) {
   const int64_t* t = targets.data<const int64_t>();
   const uint8_t* live = data_or_null<const uint8_t>(mask);
   const float* w = data_or_null<const float>(weight);
-  IC_CHECK(!on_gpu(targets), op,
-           ": this build has no CUDA kernel for it; move the tensors to the CPU");
+  if (on_gpu(targets)) {
+    const ic::CrossEntropyTotalArgs args{
+        t, w, data_or_null<float>(total), targets.numel(), vocab, ignore_index};
+    if (total) run(op, targets, nullptr, CUDA_KERNEL(cross_entropy_total_cuda), args);
+    return -1;
+  }
   int64_t count = 0;
   double sum = 0.0;
   for (int64_t i = 0; i < targets.numel(); ++i) {
@@ -368,12 +374,17 @@ void cross_entropy(TensorView logits, TensorView targets, OptionalView weight, O
   args.z_loss = z_loss;
   args.softcap = softcap;
   args.threads = threads;
-  run("cross_entropy", logits, ic::cross_entropy_cpu, nullptr, args);
+  run("cross_entropy", logits, ic::cross_entropy_cpu, CUDA_KERNEL(cross_entropy_cuda), args);
 }
 
 // out = sum of losses / total, in one fixed order; 0 where the total is 0.
 void reduce_losses(TensorView losses, OptionalView total, TensorView out) {
   const float* loss = losses.data<const float>();
+  if (on_gpu(losses)) {
+    const ic::CrossEntropyReduceArgs args{loss, data_or_null<const float>(total),
+                                          out.data<float>(), losses.numel()};
+    return run("cross_entropy", losses, nullptr, CUDA_KERNEL(cross_entropy_reduce_cuda), args);
+  }
   double sum = 0.0;
   for (int64_t i = 0; i < losses.numel(); ++i) sum += loss[i];
   const double divisor = total ? *total->data<const float>() : 1.0;
@@ -617,7 +628,7 @@ void token_logprobs(TensorView logits, TensorView targets, OptionalView mask, Te
   args.logprobs = logprobs.data<float>();
   args.lse = lse.data<float>();
   args.top1 = top1.data<bool>();
-  run("token_logprobs", logits, ic::token_logprobs_cpu, nullptr, args);
+  run("token_logprobs", logits, ic::token_logprobs_cpu, CUDA_KERNEL(token_logprobs_cuda), args);
 }
 
 void token_logprobs_backward(OptionalView grad_logprobs, OptionalView grad_entropy, TensorView logits,
@@ -632,7 +643,8 @@ void token_logprobs_backward(OptionalView grad_logprobs, OptionalView grad_entro
                                        grad.raw(),
                                        grad.stride(0),
                                        grad.dtype()};
-  run("token_logprobs", logits, ic::token_logprobs_backward_cpu, nullptr, args);
+  run("token_logprobs", logits, ic::token_logprobs_backward_cpu,
+      CUDA_KERNEL(token_logprobs_backward_cuda), args);
 }
 
 }  // namespace

@@ -44,5 +44,7 @@ struct TokenLogprobsGradArgs {
 
 IC_CPU_KERNEL(token_logprobs_cpu, TokenLogprobsArgs)
 IC_CPU_KERNEL(token_logprobs_backward_cpu, TokenLogprobsGradArgs)
+void token_logprobs_cuda(const TokenLogprobsArgs&, void* stream);
+void token_logprobs_backward_cuda(const TokenLogprobsGradArgs&, void* stream);
 
 }  // namespace ic

@@ -243,7 +243,7 @@ def test_opcheck_and_compile(device):
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-9)
 
 
-def test_rejects(device):
+def test_rejects(device, backend):
     logits, targets, mask, temperature = inputs((4, 9), device=device)
 
     def call(x=logits, t=targets, **options):
@@ -261,7 +261,8 @@ def test_rejects(device):
         call(mask=mask[:3])
     with pytest.raises(ValueError, match=r"token_logprobs: temperature must be \(4,\)"):
         call(temperature=temperature[:3])
-    for bad in (0.0, -1.0, float("nan"), torch.tensor(0.0), temperature * 0):
+    tensors = () if backend == "cuda" else (torch.tensor(0.0), temperature * 0)
+    for bad in (0.0, -1.0, float("nan"), *tensors):
         with pytest.raises(ValueError, match="token_logprobs: temperature must be above 0"):
             call(temperature=bad)
     for wrong in (torch.ones(4).long(), torch.tensor(1), torch.ones(4).double()):
@@ -271,9 +272,12 @@ def test_rejects(device):
             call(temperature=wrong.to(device))
     with pytest.raises(ValueError, match="temperature must not require a gradient"):
         call(temperature=temperature.clone().requires_grad_())
-    if device == "cpu":
+    if backend == "cpu":
         with pytest.raises(IndexError, match=r"targets must be in \[0, 9\) or -100, got 9 at 1"):
             call(t=torch.tensor([0, 9, 1, 2]))
+    else:
+        out = call(t=torch.tensor([0, 9, 1, 2], device=device))
+        assert out.logprobs[1].isnan() and out.logprobs[[0, 2, 3]].isfinite().all()
     # NaN and +inf make their row NaN, and so does a row of nothing but -inf; others stay.
     logits[0, 1], logits[1, 2], logits[2] = float("nan"), torch.inf, -torch.inf
     out = call()

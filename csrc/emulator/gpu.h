@@ -150,6 +150,9 @@ inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 3
 inline unsigned __umulhi(unsigned x, unsigned y) {
   return static_cast<unsigned>((static_cast<uint64_t>(x) * y) >> 32);
 }
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned bits) {
+  return static_cast<unsigned>((static_cast<uint64_t>(high) << 32 | low) >> (bits & 31));
+}
 template <class T>
 T __ldg(const T* p) {
   return *p;
@@ -196,6 +199,16 @@ inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 using emulator::smem_address;
 
 IC_GPU uint4 load16_streaming(const void* p) { return *static_cast<const uint4*>(p); }
+template <bool kStreaming>
+inline uint4 load16_part(const void* p, const void* begin, const void* end) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(p), from = reinterpret_cast<uintptr_t>(begin);
+  const uintptr_t to = reinterpret_cast<uintptr_t>(end);
+  if (at % 16 != 0) fail("gpu.h", __LINE__, "load16_part: the address is not a multiple of 16");
+  const size_t first = from > at ? from - at : 0, last = to < at + 16 ? to - at : 16;
+  uint4 v = {~0u, ~0u, ~0u, ~0u};  // NaN
+  memcpy(reinterpret_cast<char*>(&v) + first, static_cast<const char*>(p) + first, last - first);
+  return v;
+}
 IC_GPU void store16_streaming(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
 
 IC_GPU void cp_async16(uint32_t to, const void* from, bool real = true,

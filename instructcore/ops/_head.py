@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._common import check_device, check_float, check_shape, fresh_pages
 
-WORKSPACE_BYTES = 64 << 20
 SLAB_BYTES = 4 << 20  # of a 16-bit weight as float32, at a time; at most a quarter of the whole
+
+
+def workspace_bytes(hidden: Tensor, max_workspace_bytes: int | None) -> int:
+    """The bound, by default 64 MiB, and 1 GiB on CUDA, whose GEMMs want many rows."""
+    if max_workspace_bytes is None:
+        return 1 << 30 if hidden.is_cuda else 64 << 20
+    return int(max_workspace_bytes)
 
 
 def cut(tensor: Tensor, part: slice) -> Tensor:
@@ -21,13 +28,14 @@ def cut(tensor: Tensor, part: slice) -> Tensor:
 class Head:
     """float32 logits of hidden (N, C) with weight (V, C), and the gradients back through them.
 
-    `grads` are those of hidden, weight and bias, to be filled, None where not needed; `index` the
-    rows that count, None for all.
+    `grads` are those of hidden, weight and bias, to be filled, None where not needed. `rows` says
+    which rows count (`live_rows`).
 
-    float32 weights go to the GEMM as they are, 16-bit ones as float32 slabs, for torch rounds the
-    product of two 16-bit matrices to 16 bits. Gradients are formed in float32, and grad_hidden is
-    rounded once, to hidden's type; but for bfloat16 hidden and weight the GEMMs of the backward
-    take the logits' gradient as bfloat16. grad_weight sums chunks in float32.
+    float32 weights go to the GEMM as they are, 16-bit ones as float32 slabs, for on the CPU torch
+    rounds the product of two 16-bit matrices to 16 bits; on CUDA it does not. Gradients are formed
+    in float32, and grad_hidden is rounded once, to hidden's type; but for bfloat16 hidden and
+    weight the GEMMs of the backward take the logits' gradient as bfloat16. grad_weight sums chunks
+    in float32.
 
     The workspace: a slab or two, two rows of the vocabulary (bias and its gradient), and for each
     row of a chunk its logits, their gradient where it is bfloat16, and at most 8 bytes a channel
@@ -39,20 +47,23 @@ class Head:
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        index: Tensor | None,
+        rows: LiveRows,
         max_workspace_bytes: int,
         grads: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
     ):
-        self.hidden, self.weight, self.index = hidden, weight, index
+        self.hidden, self.weight, self.index = hidden, weight, rows.index
         self.bias = None if bias is None else bias.float()
         vocab, channels = weight.shape
         self.grad_hidden, self.grad_weight, self.grad_bias = grads
         trained = any(g is not None for g in grads)
         self.low = trained and hidden.dtype == weight.dtype == torch.bfloat16
-        self.rows = len(hidden) if index is None else len(index)
+        self.dead = rows.dead if self.grad_weight is not None else None
+        self.rows = len(hidden) if self.index is None else len(self.index)
+        # Whether 16-bit matrices can be multiplied into float32 without a detour.
+        self.mixed = hidden.is_cuda and hidden.dtype == weight.dtype != torch.float32
         self.slab, self.wide = vocab, None
         budget = max_workspace_bytes - 8 * vocab
-        if weight.dtype != torch.float32:
+        if weight.dtype != torch.float32 and not (self.mixed and (self.low or not trained)):
             slab_bytes = min(SLAB_BYTES, max_workspace_bytes // 4)
             self.slab = min(vocab, max(1, slab_bytes // (4 * channels)))
             self.wide = weight.new_empty((self.slab, channels), dtype=torch.float32)
@@ -64,7 +75,7 @@ class Head:
         self.slopes = self.logits  # the logits' gradient, in their place
         if self.low:
             self.slopes = fresh_pages(hidden.new_empty((self.step, vocab)))
-        if self.grad_hidden is not None and (index is not None or not self.rows):
+        if self.grad_hidden is not None and (self.index is not None or not self.rows):
             self.grad_hidden.zero_()
         if not self.rows:
             for grad in (self.grad_weight, self.grad_bias):
@@ -78,6 +89,8 @@ class Head:
             rows = slice(first, first + n)
             self.input = None  # before the next one is made
             self.input = self._rows_of(self.hidden, rows)
+            if self.dead is not None:  # NaN there, times 0, would spoil the weights' gradient
+                self.input = self.input.masked_fill(cut(self.dead, rows)[:, None], 0.0)
             logits = cut(self.logits, slice(0, n))
             self._project(logits)
             yield rows, logits, cut(self.slopes, slice(0, n))
@@ -91,7 +104,9 @@ class Head:
             inputs = self.input if self.low else self.input.float()
             for part in self._parts():
                 to, by = cut(self.grad_weight, part), self._columns(slopes, part).t()
-                if self.low:
+                if self.low and self.mixed:
+                    torch.addmm(to, by, inputs, torch.float32, beta=keep, out=to)
+                elif self.low:
                     product = self.wide.flatten().view(torch.bfloat16)  # the slab's place
                     product = product[: to.numel()].view(to.shape)
                     torch.mm(by, inputs, out=product)
@@ -123,6 +138,11 @@ class Head:
         return tensor if self.slab == tensor.shape[1] else tensor[:, part]
 
     def _project(self, logits: Tensor) -> None:
+        if self.mixed:
+            torch.mm(self.input, self.weight.t(), torch.float32, out=logits)
+            if self.bias is not None:
+                logits += self.bias
+            return
         inputs = self.input.float()
         for part, weight in self._slabs():
             out = self._columns(logits, part)
@@ -191,22 +211,36 @@ def check_head(
         raise ValueError(f"{op}: max_workspace_bytes must be above 0, got {max_workspace_bytes}")
 
 
-def live_rows(live: int, targets: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor | None:
-    """The indices of the rows that count, None for all. The others stay out of the GEMMs: they
-    would cost as much, and their NaN times 0 would spoil the weights' gradient.
+class LiveRows(NamedTuple):
+    """The rows that count: their indices, or which ones do not; None is all, and none."""
+
+    index: Tensor | None
+    dead: Tensor | None
+
+
+def live_rows(live: int, targets: Tensor, mask: Tensor | None, ignore_index: int) -> LiveRows:
+    """What `live` of the rows, neither ignored nor masked, leave to do.
+
+    On the CPU the others stay out of the GEMMs. On CUDA nobody waits to count them (live < 0), and
+    they take part, as zeros where the weights' gradient is formed.
     """
     if live == len(targets):
-        return None
+        return LiveRows(None, None)
     kept = targets != ignore_index
-    return (kept if mask is None else kept & mask).nonzero()[:, 0]
+    if mask is not None:
+        kept &= mask
+    if live < 0:
+        return LiveRows(None, ~kept)
+    return LiveRows(kept.nonzero()[:, 0], None)
 
 
 __all__ = [
-    "WORKSPACE_BYTES",
     "Head",
+    "LiveRows",
     "allocate_gradients",
     "check_head",
     "cut",
     "live_rows",
     "needed",
+    "workspace_bytes",
 ]

@@ -142,6 +142,7 @@ _cross_entropy = register(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _allocate,
     _run,
+    devices=("cpu", "cuda"),
 )
 
 
@@ -196,6 +197,7 @@ _cross_entropy_backward = register(
     "int reduction) -> Tensor",
     _allocate_backward,
     _run_backward,
+    devices=("cpu", "cuda"),
 )
 
 
@@ -266,7 +268,8 @@ def cross_entropy(
         is 0 and its gradient 0.
 
     Raises:
-        IndexError: a target is neither in [0, V) nor ignore_index.
+        IndexError: a target is neither in [0, V) nor ignore_index (on the CPU; on CUDA its loss
+            and gradient are NaN).
         TypeError, ValueError: an element type, shape, device or setting is not the documented one.
 
     Numerics: float32 arithmetic, one read of the logits; the gradient at the target goes through

@@ -15,7 +15,15 @@ from ._common import (
     plain_float,
     register,
 )
-from ._head import WORKSPACE_BYTES, Head, allocate_gradients, check_head, cut, live_rows, needed
+from ._head import (
+    Head,
+    allocate_gradients,
+    check_head,
+    cut,
+    live_rows,
+    needed,
+    workspace_bytes,
+)
 from .cross_entropy import check_settings, cross_entropy_reference, reduction_index, scaled
 
 
@@ -103,12 +111,13 @@ def _run(
         *("linear_cross_entropy", targets, None, class_weight, total),
         *(weight.shape[0], ignore_index),
     )
-    index = live_rows(live, targets, None, ignore_index)
+    rows_that_count = live_rows(live, targets, None, ignore_index)
+    index = rows_that_count.index
     if index is not None:
         targets = targets[index]
         if grad_output is not None and grad_output.ndim:
             grad_output = grad_output[index]
-    head = Head(hidden, weight, bias, index, max_workspace_bytes, needed(grads, needs))
+    head = Head(hidden, weight, bias, rows_that_count, max_workspace_bytes, needed(grads, needs))
     whole = reduction == 0 and index is None
     losses = loss if whole else torch.empty_like(targets, dtype=torch.float32)
     gradient, threads = any(needs), torch.get_num_threads()
@@ -136,6 +145,7 @@ _linear_cross_entropy = register(
     "int reduction, int max_workspace_bytes, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
     _allocate,
     _run,
+    devices=("cpu", "cuda"),
 )
 
 
@@ -204,19 +214,21 @@ def linear_cross_entropy(
     Args:
         hidden: (N, C) float32, bfloat16 or float16. Differentiable.
         weight: (V, C), of hidden's type or float32. Differentiable.
-        targets: int64 (N,), each in [0, V) or ignore_index. Ignored rows cost nothing.
+        targets: int64 (N,), each in [0, V) or ignore_index. On the CPU ignored rows cost nothing, on
+            CUDA their GEMMs.
         bias: (V,). Differentiable.
         class_weight: (V,), `weight` of `cross_entropy`.
         max_workspace_bytes: bound of the memory beyond arguments, gradients, the float32 sum of
             weight's gradient and a few numbers per row, by chunks of rows (at least one row);
-            64 MiB if None.
+            if None 64 MiB, on CUDA 1 GiB.
         ignore_index, label_smoothing, z_loss, softcap, reduction: as in `cross_entropy`.
 
     Returns:
         float32: 0-d, or (N,) for reduction="none".
 
     Raises:
-        IndexError: a target is neither in [0, V) nor ignore_index.
+        IndexError: a target is neither in [0, V) nor ignore_index (on the CPU; on CUDA its loss
+            and gradient are NaN).
         TypeError, ValueError: an element type, shape, device or setting is not the documented one.
 
     Numerics: logits are float32, not rounded to hidden's type; weight's gradient is summed in
@@ -234,7 +246,7 @@ def linear_cross_entropy(
         float(z_loss),
         float(softcap),
         reduction_index("linear_cross_entropy", reduction),
-        WORKSPACE_BYTES if max_workspace_bytes is None else int(max_workspace_bytes),
+        workspace_bytes(hidden, max_workspace_bytes),
     )
     check_float("linear_cross_entropy", class_weight=class_weight)
     class_weight = None if class_weight is None else class_weight.float()

@@ -14,7 +14,15 @@ from ._common import (
     plain_float,
     register,
 )
-from ._head import WORKSPACE_BYTES, Head, allocate_gradients, check_head, cut, live_rows, needed
+from ._head import (
+    Head,
+    allocate_gradients,
+    check_head,
+    cut,
+    live_rows,
+    needed,
+    workspace_bytes,
+)
 from .token_logprobs import (
     TokenLogprobs,
     check_temperature,
@@ -56,10 +64,11 @@ class _Rows:
     def __init__(self, targets, temperature, mask, vocab, ignore_index):
         op = "linear_token_logprobs"
         targets, mask = targets.contiguous(), None if mask is None else mask.contiguous()
-        if temperature.ndim:
+        if temperature.ndim and temperature.is_cpu:
             check_temperature(op, temperature, targets, mask, ignore_index)
         live = _C.check_targets(op, targets, mask, None, None, vocab, ignore_index)
-        self.index = live_rows(live, targets, mask, ignore_index)
+        self.live = live_rows(live, targets, mask, ignore_index)
+        self.index = self.live.index
         self.targets, self.mask = self.pick(targets), self.pick(mask)
         self.temperature = self.pick(temperature) if temperature.ndim else temperature
 
@@ -119,7 +128,7 @@ def _run(
         max_workspace_bytes,
     )
     per_row = _Rows(targets, temperature, mask, weight.shape[0], ignore_index)
-    head = Head(hidden, weight, bias, per_row.index, max_workspace_bytes)
+    head = Head(hidden, weight, bias, per_row.live, max_workspace_bytes)
     threads = torch.get_num_threads()
     found = outputs
     if per_row.index is not None:
@@ -150,6 +159,7 @@ _linear_token_logprobs = register(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _allocate,
     _run,
+    devices=("cpu", "cuda"),
 )
 
 
@@ -188,7 +198,7 @@ def _run_backward(
 ):
     per_row = _Rows(targets, temperature, mask, weight.shape[0], ignore_index)
     outputs = allocate_gradients(hidden, weight, bias, tuple(needs))
-    head = Head(hidden, weight, bias, per_row.index, max_workspace_bytes, needed(outputs, needs))
+    head = Head(hidden, weight, bias, per_row.live, max_workspace_bytes, needed(outputs, needs))
     grads = [
         None if g is None else per_row.pick(plain_float(g)) for g in (grad_logprobs, grad_entropy)
     ]
@@ -216,6 +226,7 @@ _linear_token_logprobs_backward = register(
     "int ignore_index, int max_workspace_bytes, bool[] needs) -> (Tensor, Tensor, Tensor)",
     _allocate_backward,
     _run_backward,
+    devices=("cpu", "cuda"),
 )
 
 
@@ -272,19 +283,20 @@ def linear_token_logprobs(
     Args:
         hidden: (N, C) float32, bfloat16 or float16. Differentiable.
         weight: (V, C), of hidden's type or float32. Differentiable.
-        targets: int64 (N,), each in [0, V) or ignore_index. Masked and ignored
-            rows cost nothing.
+        targets: int64 (N,), each in [0, V) or ignore_index. On the CPU masked and ignored rows cost
+            nothing, on CUDA their GEMMs.
         bias: (V,). Differentiable.
         max_workspace_bytes: bound of the memory beyond arguments, gradients, the float32 sum of
             weight's gradient and a few numbers per row, by chunks of rows (at least one row);
-            64 MiB if None.
+            if None 64 MiB, on CUDA 1 GiB.
         temperature, mask, entropy, ignore_index: as in `token_logprobs`.
 
     Returns:
         TokenLogprobs(logprobs, entropy, lse, top1), as `token_logprobs`.
 
     Raises:
-        IndexError: a target is neither in [0, V) nor ignore_index.
+        IndexError: a target is neither in [0, V) nor ignore_index (on the CPU; on CUDA its row is
+            NaN).
         TypeError, ValueError: an element type, shape, device or setting is not the documented one.
 
     Numerics: as `linear_cross_entropy`; four GEMMs with the backward, which forms the logits again.
@@ -294,7 +306,7 @@ def linear_token_logprobs(
     Source: as `linear_cross_entropy` and `token_logprobs`.
     """
     scale = temperature_tensor("linear_token_logprobs", temperature, len(targets), hidden.device)
-    workspace = WORKSPACE_BYTES if max_workspace_bytes is None else int(max_workspace_bytes)
+    workspace = workspace_bytes(hidden, max_workspace_bytes)
     rest = (scale, mask, bool(entropy), int(ignore_index), workspace)
     trained = (
         hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)

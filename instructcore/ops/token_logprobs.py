@@ -126,7 +126,7 @@ def _run(logits, targets, temperature, mask, entropy, ignore_index):
     logprobs, spread, lse, top1, stats = outputs
     op, vocab = "token_logprobs", logits.shape[1]
     targets, mask = targets.contiguous(), None if mask is None else mask.contiguous()
-    if temperature.ndim:
+    if temperature.ndim and temperature.is_cpu:
         check_temperature(op, temperature, targets, mask, ignore_index)
     _C.check_targets(op, targets, mask, None, None, vocab, ignore_index)
     _C.token_logprobs(
@@ -143,6 +143,7 @@ _token_logprobs = register(
     "int ignore_index) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _allocate,
     _run,
+    devices=("cpu", "cuda"),
 )
 
 
@@ -188,6 +189,7 @@ _token_logprobs_backward = register(
     "Tensor temperature, Tensor? mask, Tensor entropy, Tensor stats, int ignore_index) -> Tensor",
     _allocate_backward,
     _run_backward,
+    devices=("cpu", "cuda"),
 )
 
 
@@ -247,6 +249,8 @@ def token_logprobs(
     Raises:
         IndexError: a target is neither in [0, V) nor ignore_index.
         TypeError, ValueError: an element type, shape, device or temperature is not as documented.
+        On CUDA the host does not wait to look at values: a target out of range or a temperature of
+        0 or below makes its row NaN.
 
     Numerics: float32 arithmetic, one read of the logits. -inf logits weigh 0; a row with NaN or
     +inf, or of -inf alone, gives NaN and top1 False. A row's bits depend on that row alone.
