@@ -53,7 +53,7 @@ struct AttentionArgs {
   int64_t left, right;  // keys besides the diagonal one; kAttentionUnbounded: all
   float scale, softcap;
   Dtype dtype, kv_dtype;
-  float* workspace;  // attention_plan(dim) floats per thread, then one int32 per thread
+  float* workspace;  // CPU: attention_plan(dim) floats per thread, then one int32 per thread
   int threads;
 };
 constexpr int64_t kAttentionUnbounded = int64_t{1} << 40;
@@ -64,7 +64,7 @@ struct AttentionBackwardArgs {
   AttentionTensor grad_out, grad_q, grad_k, grad_v;
   const float* grad_lse;  // like lse; null: 0
   float* grad_sinks;      // (H,); null: not wanted
-  // Where a sequence has more than plan.back_keys keys: the gradient of q over the blocks of keys
+  // On the CPU, where a sequence has more than plan.back_keys keys: the gradient of q over the blocks of keys
   // so far, (queries of all sequences, H, padded dim), and a zeroed counter per block of query
   // rows.
   float* sums;
@@ -158,5 +158,12 @@ constexpr AttentionPlan attention_plan(int64_t dim) {
 
 IC_CPU_KERNEL(attention_cpu, AttentionArgs)
 IC_CPU_KERNEL(attention_backward_cpu, AttentionBackwardArgs)
+
+void attention_cuda(const AttentionArgs&, void* stream);
+void attention_backward_cuda(const AttentionBackwardArgs&, void* stream);
+// Floats of workspace, 1 or more: of the sizes and dtypes alone. `paged`: keys is the most that a
+// sequence of the block table can hold.
+int64_t attention_workspace_cuda(const AttentionArgs&, bool paged);
+int64_t attention_backward_workspace_cuda(const AttentionArgs&);
 
 }  // namespace ic
