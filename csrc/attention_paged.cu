@@ -187,7 +187,7 @@ class Units {
   const AttentionArgs& a_;
   const int64_t capacity_;
   int64_t slots_left_, next_ = 0, end_ = 0;  // end_: units of the sequences so far
-  int64_t index_, slot_, first_ = 0, units_ = 0;
+  int64_t index_ = 0, slot_ = -1, first_ = 0, units_ = 0;  // of this thread's sequence
 };
 
 // ---- rows, eight elements at a time
