@@ -12,8 +12,8 @@
 // logits, and a fourth of the outputs. More are 16 in each warp.
 //
 // Units are counted on the device from cu_seqlens_q and cache_seqlens, a thread for each sequence:
-// a wide block table costs nothing. Slots are dealt out in the same way; past 256 MiB of them the
-// first sequences go without. Tiles of 64 keys and values arrive by cp.async in one of two stages
+// a wide block table costs nothing. Slots are dealt out in the same way; where there are not enough
+// (1 MiB a multiprocessor at most) the first sequences go without. Tiles of 64 keys and values arrive by cp.async in one of two stages
 // while the other is at work; where their rows lie is looked up two tiles ahead. New keys come from
 // k_new, turned on the way into shared memory; the unit whose rows and keys a token belongs to writes
 // it to the cache.
@@ -360,13 +360,14 @@ class Tile {
         }
         places(tile + 2)[threadIdx.x] = later;
       }
-      if (w_.slot >= 0) return leave(fold, o);
+      if (w_.slot >= 0) break;
       join(fold, o, set_aside);
       if (tile >= end_tile) break;
       put_aside(fold, o);
       set_aside = true;
     }
     cp_async_wait<0>();
+    if (w_.slot >= 0) return leave(fold, o);
     finish(fold, o);
   }
 
@@ -636,17 +637,18 @@ __global__ void __launch_bounds__(kThreads) combine(const AttentionArgs a, const
 
 // ---- launches
 
-// The workspace's parts in floats.
+// The workspace's parts in floats. Slots have 1 MiB for each multiprocessor at most, 8 units of 64
+// rows for each of its two blocks at D 128: enough to share the work evenly.
 struct Sizes {
+  static constexpr int64_t kSpareFloats = int64_t{1} << 18;
   int64_t tokens = 0, asides = 0, slots = 0, capacity = 0;
 
   Sizes(const AttentionArgs& a, int blocks, int64_t aside_floats, int64_t slot_floats) {
-    constexpr int64_t kMostFloats = int64_t{64} << 20;
     const int64_t segments = (a.keys + kSegment - 1) / kSegment, group = a.heads / a.kv_heads;
     if (segments <= 1) return;
     const int64_t rows = a.queries * group, most_rows = a.sequences * kRows;
     const int64_t wanted = (rows < most_rows ? rows : most_rows) * a.kv_heads * segments;
-    const int64_t most = kMostFloats / slot_floats;
+    const int64_t most = int64_t{multiprocessors()} * kSpareFloats / slot_floats;
     capacity = wanted < most ? wanted : most;
     tokens = a.queries * static_cast<int64_t>(sizeof(TokenSlots) / sizeof(float));
     asides = blocks * aside_floats;
