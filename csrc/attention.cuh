@@ -75,33 +75,31 @@ template <int kDim, int kRows, int kThreads, class Row>
 IC_GPU void load_tile(unsigned char* tile, int rows, int dim, bool aligned, const Row& row) {
   constexpr int kChunks = kDim / 8, kStep = kThreads / kChunks;
   static_assert(kThreads % kChunks == 0 && kRows % kStep == 0 && (kStep & (kStep - 1)) == 0);
-  const int first = static_cast<int>(threadIdx.x) / kChunks;
-  const int chunk = static_cast<int>(threadIdx.x) % kChunks;
-  const bool inside = chunk * 8 < dim;
-  // Of row first + r: first < kStep has no bit of r, a multiple of kStep.
-  const uint32_t own = chunk_offset<kDim>(first, chunk);
-  const auto offset = [&](int r) { return (own ^ ((r & 7) << 4)) + r * kDim * 2; };
   if (aligned) {
-    const uint32_t to = smem_address(tile);
-#pragma unroll
-    for (int r = 0; r < kRows; r += kStep) {
+    const int first = static_cast<int>(threadIdx.x) / kChunks;
+    const int chunk = static_cast<int>(threadIdx.x) % kChunks;
+    const bool inside = chunk * 8 < dim;
+    const uint32_t to = smem_address(tile), own = chunk_offset<kDim>(first, chunk);
+#pragma unroll 4
+    for (int r = 0; r < kRows; r += kStep) {  // first < kStep has no bit in common with r
       const bool real = inside && first + r < rows;
-      const uint16_t* from = row(real ? first + r : 0) + (inside ? chunk * 8 : 0);
-      cp_async16(to + offset(r), from, real);
+      cp_async16(to + (own ^ ((r & 7) << 4)) + r * kDim * 2,
+                 row(real ? first + r : 0) + (inside ? chunk * 8 : 0), real);
     }
-  } else {
+    return;
+  }
 #pragma unroll 1
-    for (int r = 0; r < kRows; r += kStep) {
-      uint32_t words[4] = {};
-      if (inside && first + r < rows) {
-        const uint16_t* from = row(first + r) + chunk * 8;
+  for (int i = static_cast<int>(threadIdx.x); i < kRows * kChunks; i += kThreads) {
+    const int r = i / kChunks, chunk = i % kChunks;
+    uint32_t words[4] = {};
+    if (r < rows && chunk * 8 < dim) {
+      const uint16_t* from = row(r) + chunk * 8;
 #pragma unroll
-        for (int w = 0; w < 4; ++w)
-          words[w] = from[2 * w] | static_cast<uint32_t>(from[2 * w + 1]) << 16;
-      }
-      *reinterpret_cast<uint4*>(tile + offset(r)) =
-          make_uint4(words[0], words[1], words[2], words[3]);
+      for (int w = 0; w < 4; ++w)
+        words[w] = from[2 * w] | static_cast<uint32_t>(from[2 * w + 1]) << 16;
     }
+    *reinterpret_cast<uint4*>(tile + chunk_offset<kDim>(r, chunk)) =
+        make_uint4(words[0], words[1], words[2], words[3]);
   }
 }
 
@@ -130,7 +128,7 @@ IC_GPU uint32_t chunks_then_rows(uint32_t tile, int row, int chunk) {
 template <class T, int kDim, int kRowTiles, int kColumns>
 IC_GPU void multiply_rows(float (&x)[kRowTiles][kColumns][4], uint32_t a, int a_row, uint32_t b,
                           int b_row = 0) {
-#pragma unroll
+#pragma unroll 4  // more would take registers
   for (int k = 0; k < kDim / 16; ++k) {
     uint32_t rows[kRowTiles][4];
 #pragma unroll
@@ -281,6 +279,7 @@ struct LogitRule {
   float softcap;  // 0: plain
   float slope;    // a key
 
+  LogitRule() = default;
   IC_GPU LogitRule(const AttentionArgs& a, int64_t sequence, int64_t head) {
     softcap = a.softcap * kLog2e;
     scale = a.softcap > 0.0f ? a.scale / a.softcap : a.scale * kLog2e;

@@ -120,7 +120,7 @@ class Units {
   }
 
   // False: there is no such unit. After a barrier *work is there for all.
-  IC_GPU bool find(int64_t unit, Work* work) {
+  IC_GPU bool find(int unit, Work* work) {
     while (unit >= end_) {
       if (next_ >= a_.sequences) return false;
       count();
@@ -142,11 +142,10 @@ class Units {
 
   // This thread's sequence of the next kThreads.
   IC_GPU void count() {
-    index_ = next_ + threadIdx.x;
     next_ += kThreads;
     int64_t slots = 0, tiles = 0, segments = 0;
-    if (index_ < a_.sequences) {
-      const AttentionSequence s = attention_sequence(a_, index_);
+    if (index() < a_.sequences) {
+      const AttentionSequence s = attention_sequence(a_, index());
       slots = capacity_ > 0 ? slots_of(s) : 0;
       tiles = row_tiles(s);
       if (slots > 0) segments = slots / (a_.kv_heads * s.rows());
@@ -155,17 +154,19 @@ class Units {
     // Those that get slots are the last: units of the others take longer, and come first.
     const int64_t after = slots_left_ - block_scan(slots, &total);
     slots_left_ -= total;
-    slot_ = slots > 0 && after + slots <= capacity_ ? after : -1;
-    units_ = a_.kv_heads * (slot_ < 0 ? tiles : segments);
-    first_ = end_ + block_scan(units_, &total) - units_;
-    end_ += total;
+    slot_ = slots > 0 && after + slots <= capacity_ ? static_cast<int>(after) : -1;
+    units_ = static_cast<int>(a_.kv_heads * (slot_ < 0 ? tiles : segments));
+    first_ = end_ + static_cast<int>(block_scan(units_, &total)) - units_;
+    end_ += static_cast<int>(total);
   }
 
-  IC_GPU void fill(int64_t unit, Work* w) const {
-    AttentionSequence s = attention_sequence(a_, index_);
-    const int64_t part = unit / a_.kv_heads;
-    w->kv_head = unit % a_.kv_heads;
-    w->held = a_.pages.cache_seqlens[index_];
+  IC_GPU int index() const { return next_ - kThreads + static_cast<int>(threadIdx.x); }
+
+  IC_GPU void fill(int unit, Work* w) const {
+    const AttentionSequence s = attention_sequence(a_, index());
+    const int kv_heads = static_cast<int>(a_.kv_heads), part = unit / kv_heads;
+    w->kv_head = unit % kv_heads;
+    w->held = a_.pages.cache_seqlens[index()];
     w->slot = -1;
     w->row = slot_ < 0 ? (row_tiles(s) - 1 - part) * kRows : 0;  // the last rows see most
     w->rows = static_cast<int>(min(s.rows() - w->row, int64_t{kRows}));
@@ -175,7 +176,7 @@ class Units {
     w->end_tile = tiles.end;
     if (slot_ >= 0) {
       const int segments = tiles.segments();
-      const int segment = tiles.first_segment() + static_cast<int>(part);
+      const int segment = tiles.first_segment() + part;
       w->first_tile = max(tiles.first, segment * kSegmentTiles);
       w->end_tile = min(tiles.end, (segment + 1) * kSegmentTiles);
       w->slot = slot_ + (w->kv_head * segments + part) * w->rows;
@@ -186,78 +187,52 @@ class Units {
 
   const AttentionArgs& a_;
   const int64_t capacity_;
-  int64_t slots_left_, next_ = 0, end_ = 0;  // end_: units of the sequences so far
-  int64_t index_ = 0, slot_ = -1, first_ = 0, units_ = 0;  // of this thread's sequence
+  int64_t slots_left_;
+  int next_ = 0, end_ = 0;                         // end_: units of the sequences so far
+  int slot_ = -1, first_ = 0, units_ = 0;  // of this thread's sequence, next_ - kThreads + threadIdx.x
 };
 
-// ---- rows, eight elements at a time
+// ---- rows, four elements at a time
 
-IC_GPU uint4 load_chunk(const uint16_t* from, bool aligned) {
-  if (aligned) return *reinterpret_cast<const uint4*>(from);
-  uint32_t words[4];
-#pragma unroll
-  for (int w = 0; w < 4; ++w) words[w] = from[2 * w] | static_cast<uint32_t>(from[2 * w + 1]) << 16;
-  return make_uint4(words[0], words[1], words[2], words[3]);
+IC_GPU uint2 load4(const uint16_t* from, bool aligned) {
+  if (aligned) return *reinterpret_cast<const uint2*>(from);
+  return make_uint2(from[0] | static_cast<uint32_t>(from[1]) << 16,
+                    from[2] | static_cast<uint32_t>(from[3]) << 16);
 }
 
-IC_GPU void store_chunk(uint16_t* to, uint4 chunk, bool aligned) {
+IC_GPU void store4(uint16_t* to, uint2 x, bool aligned) {
   if (aligned) {
-    *reinterpret_cast<uint4*>(to) = chunk;
+    *reinterpret_cast<uint2*>(to) = x;
     return;
   }
-  const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
-#pragma unroll
-  for (int w = 0; w < 4; ++w) {
-    to[2 * w] = static_cast<uint16_t>(words[w]);
-    to[2 * w + 1] = static_cast<uint16_t>(words[w] >> 16);
-  }
+  to[0] = static_cast<uint16_t>(x.x);
+  to[1] = static_cast<uint16_t>(x.x >> 16);
+  to[2] = static_cast<uint16_t>(x.y);
+  to[3] = static_cast<uint16_t>(x.y >> 16);
 }
 
+// Elements i .. i + 3 of a row, turned by the angles of a position: of one half of the row, or two
+// pairs. Each product rounds by itself, as on the CPU.
 template <class T>
-IC_GPU void load4(float (&x)[4], const uint16_t* from, bool aligned) {
-  uint2 both;
-  if (aligned) {
-    both = *reinterpret_cast<const uint2*>(from);
-  } else {
-    both.x = from[0] | static_cast<uint32_t>(from[1]) << 16;
-    both.y = from[2] | static_cast<uint32_t>(from[3]) << 16;
-  }
-  const float2 low = unpack2<T>(both.x), high = unpack2<T>(both.y);
-  x[0] = low.x, x[1] = low.y, x[2] = high.x, x[3] = high.y;
-}
-
-// A chunk of a row, turned by the angles of a position. Each product rounds by itself, as on the CPU.
-template <class T>
-IC_GPU uint4 turned_chunk(const AttentionArgs& a, const uint16_t* row, int64_t position, int chunk,
-                          bool aligned) {
-  const AttentionPages& p = a.pages;
+IC_GPU uint2 turned4(const AttentionArgs& a, const uint16_t* row, int position, int i,
+                     bool aligned) {
   const int half = static_cast<int>(a.dim) / 2;
-  const float *cos = p.cos + position * half, *sin = p.sin + position * half;
-  uint32_t words[4];
-#pragma unroll
-  for (int part = 0; part < 2; ++part) {  // four elements: of one half of the row
-    const int i = 8 * chunk + 4 * part;
-    const bool first = p.interleaved || i < half;
-    const int pair = p.interleaved ? i / 2 : first ? i : i - half;
-    const int step = p.interleaved ? 1 : 2;  // in halves of a pair
-    float x[4], y[4];
-    load4<T>(x, row + i, aligned);
-    if (p.interleaved) {
-      y[0] = x[1], y[1] = x[0], y[2] = x[3], y[3] = x[2];
-    } else {
-      load4<T>(y, row + (first ? i + half : pair), aligned);
-    }
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int at = pair + e * step / 2;
-      const bool minus = p.interleaved ? e % 2 == 0 : first;
-      const float s = minus ? -sin[at] : sin[at];
-      x[e] = __fadd_rn(__fmul_rn(x[e], cos[at]), __fmul_rn(y[e], s));
-    }
-    words[2 * part] = pack2<T>(x[0], x[1]);
-    words[2 * part + 1] = pack2<T>(x[2], x[3]);
-  }
-  return make_uint4(words[0], words[1], words[2], words[3]);
+  const bool between = a.pages.interleaved, first = i < half;
+  const int pair = between ? i / 2 : first ? i : i - half;
+  const int64_t angle = int64_t{position} * half + pair;
+  const float *cos = a.pages.cos + angle, *sin = a.pages.sin + angle;
+  const uint2 own = load4(row + i, aligned);
+  uint2 other = make_uint2(own.x << 16 | own.x >> 16, own.y << 16 | own.y >> 16);
+  if (!between) other = load4(row + (first ? i + half : pair), aligned);
+  const auto turn = [&](float x, float y, int e) {
+    const int at = between ? e / 2 : e;
+    const bool minus = between ? e % 2 == 0 : first;
+    return __fadd_rn(__fmul_rn(x, cos[at]), __fmul_rn(y, minus ? -sin[at] : sin[at]));
+  };
+  float2 x = unpack2<T>(own.x), y = unpack2<T>(other.x);
+  const uint32_t low = pack2<T>(turn(x.x, y.x, 0), turn(x.y, y.y, 1));
+  x = unpack2<T>(own.y), y = unpack2<T>(other.y);
+  return make_uint2(low, pack2<T>(turn(x.x, y.x, 2), turn(x.y, y.y, 3)));
 }
 
 // load_tile where rows from `turned` on are turned by the angles of position(i).
@@ -267,20 +242,20 @@ IC_GPU void load_turned(const AttentionArgs& a, unsigned char* tile, int rows, i
   const int dim = static_cast<int>(a.dim);
   if (turned >= rows)
     return load_tile<kDim, kTileRows, kThreads>(tile, rows, dim, aligned, row);
-  constexpr int kChunks = kDim / 8;
+  constexpr int kFours = kDim / 4;
 #pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < kTileRows * kChunks; i += kThreads) {
-    const int r = i / kChunks, chunk = i % kChunks;
-    const bool real = r < rows && 8 * chunk < dim;
-    unsigned char* to = tile + chunk_offset<kDim>(r, chunk);
-    if (real && aligned && r < turned) {
-      cp_async16(smem_address(to), row(r) + 8 * chunk);
+  for (int i = static_cast<int>(threadIdx.x); i < kTileRows * kFours; i += kThreads) {
+    const int r = i / kFours, four = i % kFours;
+    const bool real = r < rows && 4 * four < dim;
+    unsigned char* to = tile + chunk_offset<kDim>(r, four / 2) + four % 2 * 8;
+    if (aligned && real && r < turned) {
+      if (four % 2 == 0) cp_async16(smem_address(to), row(r) + 4 * four);
       continue;
     }
-    uint4 x = make_uint4(0, 0, 0, 0);
-    if (real && r < turned) x = load_chunk(row(r) + 8 * chunk, false);
-    if (real && r >= turned) x = turned_chunk<T>(a, row(r), position(r), chunk, aligned);
-    *reinterpret_cast<uint4*>(to) = x;
+    uint2 x = make_uint2(0, 0);
+    if (real && r < turned) x = load4(row(r) + 4 * four, false);
+    if (real && r >= turned) x = turned4<T>(a, row(r), position(r), 4 * four, aligned);
+    *reinterpret_cast<uint2*>(to) = x;
   }
 }
 
@@ -446,18 +421,17 @@ class Tile {
     if (!p.k_new.data) return;
     const int from = max(w_.held + first, w_.first_tile * kKeyTile);
     const int to = min(w_.held + end, w_.end_tile * kKeyTile);
-    const int chunks = static_cast<int>(a_.dim) / 8;
+    const int fours = static_cast<int>(a_.dim) / 4;
     const bool aligned_k = aligned_pages(a_.k, p.k_block, p.k_new);
     const bool aligned_v = aligned_pages(a_.v, p.v_block, p.v_new);
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < (to - from) * chunks; i += kThreads) {
-      const int key = from + i / chunks, chunk = i % chunks;
+    for (int i = static_cast<int>(threadIdx.x); i < (to - from) * fours; i += kThreads) {
+      const int key = from + i / fours, at = i % fours * 4;
       const uint16_t* row = new_row(p.k_new, key);
-      const uint4 k = p.cos ? turned_chunk<T>(a_, row, key, chunk, aligned_k)
-                            : load_chunk(row + 8 * chunk, aligned_k);
-      store_chunk(cache_row(a_.k, p.k_block, key) + 8 * chunk, k, aligned_k);
-      const uint4 v = load_chunk(new_row(p.v_new, key) + 8 * chunk, aligned_v);
-      store_chunk(cache_row(a_.v, p.v_block, key) + 8 * chunk, v, aligned_v);
+      const uint2 k = p.cos ? turned4<T>(a_, row, key, at, aligned_k) : load4(row + at, aligned_k);
+      store4(cache_row(a_.k, p.k_block, key) + at, k, aligned_k);
+      const uint2 v = load4(new_row(p.v_new, key) + at, aligned_v);
+      store4(cache_row(a_.v, p.v_block, key) + at, v, aligned_v);
     }
   }
 
@@ -570,7 +544,7 @@ __global__ void __launch_bounds__(kThreads, Shape<kDim>::kBlocks)
   SHARED_ARRAY(Work, work, 1);
   clear_gaps(a, space);
   Units units(a, space.capacity);
-  for (int64_t unit = blockIdx.x; units.find(unit, work); unit += gridDim.x) {
+  for (int unit = static_cast<int>(blockIdx.x); units.find(unit, work); unit += static_cast<int>(gridDim.x)) {
     __syncthreads();
     if (work->sequence.rows() <= kSharedRows) {
       Tile<T, kDim, true>(a, space, *work, shared).run();
