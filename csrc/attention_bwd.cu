@@ -57,12 +57,31 @@ struct QueryShape {
 
 // ---- which rows
 
+// What some rows see: any(column) of kTile columns from there on something, !partial(column) all.
+struct Reach {
+  int first, end, all_first, all_end;
+
+  IC_GPU int first_tile() const { return first / kTile; }
+  IC_GPU int end_tile() const { return (end + kTile - 1) / kTile; }
+  IC_GPU bool any(int column) const { return column < end && column + kTile > first; }
+  IC_GPU bool partial(int column) const { return column < all_first || column + kTile > all_end; }
+};
+
+IC_GPU Reach reach_of(const AttentionSequence& s, int64_t row, int rows) {
+  if (rows <= 0) return {0, 0, 0, 0};
+  const int64_t last = row + rows - 1;
+  return {static_cast<int>(s.first_seen(row)), static_cast<int>(s.end_seen(last)),
+          static_cast<int>(s.first_seen(last)), static_cast<int>(s.end_seen(row))};
+}
+
 // A block's rows: those of one head from `row` of the sequence on; none if rows <= 0. Where they are
-// keys, the sequence is mirrored: `queries` is the number of keys, and what they see are queries.
+// keys, the sequence is mirrored: `queries` is the number of keys, and what they see are queries. It
+// lies in shared memory: registers are what these kernels are short of.
 struct Work {
   AttentionSequence sequence;
   int64_t head, row;
   int rows;
+  Reach all, of_warp[kRowWarps];
 };
 
 IC_GPU AttentionSequence mirrored(const AttentionSequence& s) {
@@ -104,24 +123,11 @@ IC_GPU void find_work(const AttentionArgs& a, int64_t tiles, int rows, Work* w) 
   w->head = blockIdx.x / tiles;
   w->row = tile * rows;
   w->rows = tile < 0 ? 0 : static_cast<int>(min(s.queries - w->row, int64_t{rows}));
+  w->all = reach_of(s, w->row, w->rows);
+  const int each = rows / kRowWarps;
+  for (int i = 0; i < kRowWarps; ++i)
+    w->of_warp[i] = reach_of(s, w->row + i * each, min(w->rows - i * each, each));
 }
-
-// What some rows see: any(column) of kTile columns from there on something, !partial(column) all.
-struct Reach {
-  int first, end, all_first, all_end;
-
-  IC_GPU Reach(const AttentionSequence& s, int64_t row, int rows) : first(0), end(0) {
-    if (rows <= 0) return;
-    first = static_cast<int>(s.first_seen(row));
-    end = static_cast<int>(s.end_seen(row + rows - 1));
-    all_first = static_cast<int>(s.first_seen(row + rows - 1));
-    all_end = static_cast<int>(s.end_seen(row));
-  }
-  IC_GPU int first_tile() const { return first / kTile; }
-  IC_GPU int end_tile() const { return (end + kTile - 1) / kTile; }
-  IC_GPU bool any(int column) const { return column < end && column + kTile > first; }
-  IC_GPU bool partial(int column) const { return column < all_first || column + kTile > all_end; }
-};
 
 IC_GPU const uint16_t* row_of(const AttentionTensor& t, const AttentionSequence& s, int64_t token,
                               int64_t head) {
@@ -137,24 +143,36 @@ IC_GPU void load_rows(unsigned char* to, const AttentionTensor& t, const uint16_
 
 // ---- logits again
 
-// e^(logit - lse); *change: the same times softcap'.
+// e^(logit - lse), lse in units of log 2; *change: the same times softcap'. Without a branch: the
+// logits of a tile are in registers all at once.
+template <bool kPlain>
 IC_GPU float weight_of(const LogitRule& rule, float product, int distance, float lse,
                        float* change) {
-  if (rule.plain()) return *change = exp2_approx(fmaf(product, rule.scale, -lse));
-  float x = product * rule.scale, bend = 1.0f;
-  if (rule.softcap > 0.0f) {
-    const float y = tanh_of(x);
-    x = rule.softcap * y;
-    bend = fmaf(-y, y, 1.0f);
-  }
-  const float p = exp2_approx(fmaf(-rule.slope, fabsf(static_cast<float>(distance)), x) - lse);
-  *change = p * bend;
+  if constexpr (kPlain) return *change = exp2_approx(fmaf(product, rule.scale, -lse));
+  const bool caps = rule.softcap > 0.0f;
+  const float x = product * rule.scale, y = tanh_of(x);
+  const float logit = fmaf(-rule.slope, fabsf(static_cast<float>(distance)),
+                           caps ? rule.softcap * y : x);
+  const float p = exp2_approx(logit - lse);
+  *change = caps ? p * fmaf(-y, y, 1.0f) : p;
   return p;
 }
 
-// Whether row (i, h) sees the column.
-IC_GPU bool sees(const RowsSeen& seen, int i, int h, int column) {
-  return column >= seen.first(i, h) && column < seen.end(i, h);
+// Hidden pairs become 0, whatever they are. column: the thread's first.
+template <int kRowTiles>
+IC_GPU void hide(float (&x)[kRowTiles][kTileColumns][4], int column, const RowsSeen& seen) {
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int first = seen.first(i, h) - column, end = seen.end(i, h) - column;
+#pragma unroll
+      for (int e = 0; e < 2 * kTileColumns; ++e) {
+        const int at = 8 * (e / 2) + e % 2;
+        if (at < first || at >= end) x[i][e / 2][2 * h + e % 2] = 0.0f;
+      }
+    }
+  }
 }
 
 // ---- the end of a block: a warp's sums become rows of a gradient
@@ -304,12 +322,11 @@ __global__ void __launch_bounds__(kSinkThreads) sum_sinks(const AttentionBackwar
 
 // ---- dk and dv: rows are keys, columns queries
 
-// Products of k and q become p; what p becomes by softcap' goes to `passed`. lse: of the thread's
-// columns.
-template <int kRowTiles, int kThreads>
+// Products of k and q become p; p times softcap' goes to `passed`. lse: of the thread's columns.
+template <bool kPlain, int kThreads, int kRowTiles>
 IC_GPU void to_weights(float (&x)[kRowTiles][kTileColumns][4], float4* passed,
                        const LogitRule& rule, const float (&lse)[2 * kTileColumns], int column,
-                       bool partial, const RowsSeen& seen) {
+                       const RowsSeen& seen) {
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
@@ -317,10 +334,8 @@ IC_GPU void to_weights(float (&x)[kRowTiles][kTileColumns][4], float4* passed,
       float change[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int at = column + 8 * j + e % 2, h = e / 2;
-        float& y = x[i][j][e];
-        y = weight_of(rule, y, seen.position(i, h) - at, lse[2 * j + e % 2], &change[e]);
-        if (partial && !sees(seen, i, h, at)) y = change[e] = 0.0f;
+        const int distance = seen.position(i, e / 2) - (column + 8 * j + e % 2);
+        x[i][j][e] = weight_of<kPlain>(rule, x[i][j][e], distance, lse[2 * j + e % 2], &change[e]);
       }
       passed[(i * kTileColumns + j) * kThreads] =
           make_float4(change[0], change[1], change[2], change[3]);
@@ -329,10 +344,9 @@ IC_GPU void to_weights(float (&x)[kRowTiles][kTileColumns][4], float4* passed,
 }
 
 // Products of v and dout become dlogit, by what to_weights passed.
-template <int kRowTiles, int kThreads>
+template <int kThreads, int kRowTiles>
 IC_GPU void to_changes(float (&x)[kRowTiles][kTileColumns][4], const float4* passed,
-                       const float (&delta)[2 * kTileColumns], int column, bool partial,
-                       const RowsSeen& seen) {
+                       const float (&delta)[2 * kTileColumns]) {
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
@@ -340,14 +354,22 @@ IC_GPU void to_changes(float (&x)[kRowTiles][kTileColumns][4], const float4* pas
       const float4 all = passed[(i * kTileColumns + j) * kThreads];
       const float change[4] = {all.x, all.y, all.z, all.w};
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        float& y = x[i][j][e];
-        y = change[e] * (y - delta[2 * j + e % 2]);
-        if (partial && !sees(seen, i, e / 2, column + 8 * j + e % 2)) y = 0.0f;
-      }
+      for (int e = 0; e < 4; ++e)
+        x[i][j][e] = change[e] * (x[i][j][e] - delta[2 * j + e % 2]);
     }
   }
 }
+
+// A tile of queries: of which head, from which on.
+struct TileAt {
+  int64_t head;
+  int column;
+
+  // Through all tiles of a head, then the next head.
+  IC_GPU TileAt next(int first, int end) const {
+    return column + kTile < end ? TileAt{head, column + kTile} : TileAt{head + 1, first};
+  }
+};
 
 template <class T, int kDim>
 __global__ void __launch_bounds__(KeyShape<kDim>::kThreads, KeyShape<kDim>::kBlocks)
@@ -368,31 +390,27 @@ __global__ void __launch_bounds__(KeyShape<kDim>::kThreads, KeyShape<kDim>::kBlo
   unsigned char* const stages = shared + 2 * S::kRowBytes;
   float4* const passed = reinterpret_cast<float4*>(stages + S::kStages * 2 * S::kTileBytes) +
                          threadIdx.x % kPairs;
-  const Reach block(s, work->row, work->rows);
-  const Reach warp(s, work->row + tile_row, min(work->rows - tile_row, S::kWarpRows));
+  const Reach &block = work->all, &warp = work->of_warp[warp_index() % kRowWarps];
   const RowsSeen seen(s, work->row + tile_row);
 
-  // Tile n is of query head n / many of the group.
-  const int group = static_cast<int>(a.heads / a.kv_heads);
-  const int first = block.first_tile(), many = max(block.end_tile() - first, 0);
-  const int count = many * group;
-  const auto head_of = [&](int n) { return work->head * group + n / many; };
-  const auto column_of = [&](int n) { return (first + n % many) * kTile; };
   const auto stage = [&](int n) { return stages + n % S::kStages * (2 * S::kTileBytes); };
-  const auto load = [&](int n) {
-    const int64_t t = column_of(n), token = s.first_query + t;
-    const int rows = static_cast<int>(min(s.keys - t, int64_t{kTile}));
-    load_rows<kDim, kTile, S::kThreads>(stage(n), a.q, row_of(a.q, s, token, head_of(n)), rows,
-                                        a.dim);
+  const auto load = [&](int n, TileAt at) {
+    const int64_t token = s.first_query + at.column;
+    const int rows = min(static_cast<int>(s.keys) - at.column, kTile);
+    load_rows<kDim, kTile, S::kThreads>(stage(n), a.q, row_of(a.q, s, token, at.head), rows, a.dim);
     load_rows<kDim, kTile, S::kThreads>(stage(n) + S::kTileBytes, args.grad_out,
-                                        row_of(args.grad_out, s, token, head_of(n)), rows, a.dim);
+                                        row_of(args.grad_out, s, token, at.head), rows, a.dim);
   };
+  const int64_t group = a.heads / a.kv_heads;
+  const int first = block.first_tile() * kTile;
+  const int count = max(block.end_tile() - block.first_tile(), 0) * static_cast<int>(group);
+  TileAt at{work->head * group, first}, at_before = at;
   const int64_t token = s.first_key + work->row;
   load_rows<kDim, S::kRows, S::kThreads>(shared, a.k, row_of(a.k, s, token, work->head),
                                          work->rows, a.dim);
   load_rows<kDim, S::kRows, S::kThreads>(shared + S::kRowBytes, a.v,
                                          row_of(a.v, s, token, work->head), work->rows, a.dim);
-  if (count > 0) load(0);
+  if (count > 0) load(0, at);
   cp_async_commit();
 
   float sums[S::kRowTiles][kDim / 8][4] = {};
@@ -400,47 +418,52 @@ __global__ void __launch_bounds__(KeyShape<kDim>::kThreads, KeyShape<kDim>::kBlo
   for (int n = 0; n < count + S::kLag; ++n) {
     cp_async_wait<0>();
     __syncthreads();
-    if (n + 1 < count) load(n + 1);
+    const TileAt at_next = at.next(first, block.end);
+    if (n + 1 < count) load(n + 1, at_next);
     cp_async_commit();
-    if (n < count && block.partial(column_of(n)) &&
+    if (n < count && block.partial(at.column) &&
         __syncthreads_or(any_not_finite<T, kDim, 2 * kTile, S::kThreads>(stage(n)))) {
-      mark_not_finite<T, kDim>(sums, stage(n) + (of_keys ? 0 : S::kTileBytes), 0, column_of(n),
-                               seen, kTile);
+      mark_not_finite<T, kDim>(sums, stage(n) + (of_keys ? 0 : S::kTileBytes), 0, at.column, seen,
+                               kTile);
       __syncthreads();
       clear_not_finite<T, kDim, 2 * kTile, S::kThreads>(stage(n));
       __syncthreads();
     }
 
-    const int mine = of_keys ? n - S::kLag : n;
-    const int tile_column = mine >= 0 && mine < count ? column_of(mine) : 0;
-    const bool works = mine >= 0 && mine < count && warp.any(tile_column);
-    const int column = tile_column + lane_index() % 4 * 2;
-    const bool partial = warp.partial(tile_column);
-    const uint32_t queries = smem_address(stage(max(mine, 0)));
-    const uint32_t before = queries + (of_keys ? S::kTileBytes : 0);
-    const uint32_t after = queries + (of_keys ? 0 : S::kTileBytes);
-    float4* const slot = passed + (mine & S::kLag) * (S::kPassedBytes / 16);
+    const int m = of_keys ? n - S::kLag : n;
+    const TileAt here = of_keys && S::kLag > 0 ? at_before : at;
+    const bool works = m >= 0 && m < count && warp.any(here.column);
+    const uint32_t queries = smem_address(stage(max(m, 0))), douts = queries + S::kTileBytes;
+    const int column = here.column + lane_index() % 4 * 2;
+    float4* const slot = passed + (m & S::kLag) * (S::kPassedBytes / 16);
     float x[S::kRowTiles][kTileColumns][4] = {};
     float of_column[2 * kTileColumns];  // lse or delta
     if (works) {
-      const int64_t head = head_of(mine);
-      const LogitRule rule(a, s.index, head);
-      const float* from = (of_keys ? a.workspace : a.lse) + attention_lse_index(a, s, head, 0);
+      const float* from = of_keys ? a.workspace : a.lse;
+      from += attention_lse_index(a, s, here.head, 0);
 #pragma unroll
       for (int e = 0; e < 2 * kTileColumns; ++e)
         of_column[e] = from[min(column + e / 2 * 8 + e % 2, static_cast<int>(s.keys) - 1)];
-      multiply_rows<T, kDim>(x, smem_address(own), tile_row, before);
+      const LogitRule rule(a, s.index, here.head);
+      multiply_rows<T, kDim>(x, smem_address(own), tile_row, of_keys ? douts : queries);
       if (!of_keys) {
 #pragma unroll
         for (int e = 0; e < 2 * kTileColumns; ++e) of_column[e] *= kLog2e;
-        to_weights<S::kRowTiles, kPairs>(x, slot, rule, of_column, column, partial, seen);
+        if (rule.plain()) {
+          to_weights<true, kPairs>(x, slot, rule, of_column, column, seen);
+        } else {
+          to_weights<false, kPairs>(x, slot, rule, of_column, column, seen);
+        }
       }
     }
     if constexpr (S::kLag == 0) __syncthreads();
     if (works) {
-      if (of_keys) to_changes<S::kRowTiles, kPairs>(x, slot, of_column, column, partial, seen);
-      multiply_values<T, kDim>(sums, x, after, 0);
+      if (of_keys) to_changes<kPairs>(x, slot, of_column);
+      if (warp.partial(here.column)) hide(x, column, seen);
+      multiply_values<T, kDim>(sums, x, of_keys ? queries : douts, 0);
     }
+    at_before = at;
+    at = at_next;
   }
   cp_async_wait<0>();
   __syncthreads();
@@ -451,12 +474,36 @@ __global__ void __launch_bounds__(KeyShape<kDim>::kThreads, KeyShape<kDim>::kBlo
 
 // ---- dq
 
+// From products x of q and k and y = dout . v - delta, dlogit in x. rows: (lse in units of log 2,
+// delta) from the thread's first row on.
+template <bool kPlain, int kRowTiles>
+IC_GPU void to_row_changes(float (&x)[kRowTiles][kTileColumns][4],
+                           const float (&y)[kRowTiles][kTileColumns][4], const LogitRule& rule,
+                           const float2* rows, int column, const RowsSeen& seen) {
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float lse = rows[16 * i + 8 * h].x;
+      const int distance = seen.position(i, h) - column;
+#pragma unroll
+      for (int e = 0; e < 2 * kTileColumns; ++e) {
+        float &z = x[i][e / 2][2 * h + e % 2], change;
+        weight_of<kPlain>(rule, z, distance - 8 * (e / 2) - e % 2, lse, &change);
+        z = change * y[i][e / 2][2 * h + e % 2];
+      }
+    }
+  }
+}
+
 template <class T, int kDim>
 __global__ void __launch_bounds__(QueryShape<kDim>::kThreads, QueryShape<kDim>::kBlocks)
     grad_queries(const AttentionBackwardArgs args, int64_t tiles) {
   using S = QueryShape<kDim>;
+  static_assert(S::kRows <= S::kThreads, "a thread for each row's lse and delta");
   DYNAMIC_SHARED(shared);
   SHARED_ARRAY(Work, work, 1);
+  SHARED_ARRAY(float2, of_row, S::kRows);
   const AttentionArgs& a = args.forward;
   if (threadIdx.x == 0) find_work<false>(a, tiles, S::kRows, work);
   __syncthreads();
@@ -474,10 +521,7 @@ __global__ void __launch_bounds__(QueryShape<kDim>::kThreads, QueryShape<kDim>::
     load_rows<kDim, kTile, S::kThreads>(stage(n) + S::kTileBytes, a.v,
                                         row_of(a.v, s, token, kv_head), rows, a.dim);
   };
-  const Reach block(s, work->row, work->rows);
-  const Reach warp(s, warp_row, min(work->rows - tile_row, S::kWarpRows));
-  const RowsSeen seen(s, warp_row);
-  const LogitRule rule(a, s.index, work->head);
+  const Reach &block = work->all, &warp = work->of_warp[warp_index()];
 
   const int64_t token = s.first_query + work->row;
   load_rows<kDim, S::kRows, S::kThreads>(shared, a.q, row_of(a.q, s, token, work->head),
@@ -488,16 +532,9 @@ __global__ void __launch_bounds__(QueryShape<kDim>::kThreads, QueryShape<kDim>::
   if (block.first_tile() < block.end_tile()) load(block.first_tile());
   cp_async_commit();
 
-  float lse[S::kRowTiles][2], delta[S::kRowTiles][2];
-#pragma unroll
-  for (int i = 0; i < S::kRowTiles; ++i) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int64_t t = min(warp_row + 16 * i + 8 * h + lane_index() / 4, s.queries - 1);
-      const int64_t at = attention_lse_index(a, s, work->head, t);
-      lse[i][h] = a.lse[at] * kLog2e;
-      delta[i][h] = a.workspace[at];
-    }
+  if (static_cast<int>(threadIdx.x) < work->rows) {
+    const int64_t at = attention_lse_index(a, s, work->head, work->row + threadIdx.x);
+    of_row[threadIdx.x] = make_float2(a.lse[at] * kLog2e, a.workspace[at]);
   }
   float sums[S::kRowTiles][kDim / 8][4] = {};
 #pragma unroll 1
@@ -509,31 +546,30 @@ __global__ void __launch_bounds__(QueryShape<kDim>::kThreads, QueryShape<kDim>::
     const int tile_column = n * kTile, column = tile_column + lane_index() % 4 * 2;
     if (block.partial(tile_column) &&
         __syncthreads_or(any_not_finite<T, kDim, kTile, S::kThreads>(stage(n)))) {
-      mark_not_finite<T, kDim>(sums, stage(n), 0, tile_column, seen, kTile);
+      mark_not_finite<T, kDim>(sums, stage(n), 0, tile_column, RowsSeen(s, warp_row), kTile);
       __syncthreads();
       clear_not_finite<T, kDim, kTile, S::kThreads>(stage(n));
       __syncthreads();
     }
     if (!warp.any(tile_column)) continue;
-    const bool partial = warp.partial(tile_column);
     const uint32_t keys = smem_address(stage(n)), values = keys + S::kTileBytes;
-    float x[S::kRowTiles][kTileColumns][4] = {}, y[S::kRowTiles][kTileColumns][4] = {};
+    const float2* const rows = of_row + tile_row + lane_index() / 4;
+    float x[S::kRowTiles][kTileColumns][4] = {}, y[S::kRowTiles][kTileColumns][4];
+#pragma unroll
+    for (int e = 0; e < 4 * kTileColumns * S::kRowTiles; ++e) {
+      const int i = e / (4 * kTileColumns);
+      y[i][e / 4 % kTileColumns][e % 4] = -rows[16 * i + 8 * (e / 2 % 2)].y;
+    }
     multiply_rows<T, kDim>(x, smem_address(shared), tile_row, keys);
     multiply_rows<T, kDim>(y, smem_address(shared + S::kRowBytes), tile_row, values);
-#pragma unroll
-    for (int i = 0; i < S::kRowTiles; ++i) {
-#pragma unroll
-      for (int j = 0; j < kTileColumns; ++j) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int at = column + 8 * j + e % 2, h = e / 2;
-          float change;
-          weight_of(rule, x[i][j][e], seen.position(i, h) - at, lse[i][h], &change);
-          x[i][j][e] = change * (y[i][j][e] - delta[i][h]);
-          if (partial && !sees(seen, i, h, at)) x[i][j][e] = 0.0f;
-        }
-      }
+    const RowsSeen seen(s, warp_row);
+    const LogitRule rule(a, s.index, work->head);
+    if (rule.plain()) {
+      to_row_changes<true>(x, y, rule, rows, column, seen);
+    } else {
+      to_row_changes<false>(x, y, rule, rows, column, seen);
     }
+    if (warp.partial(tile_column)) hide(x, column, seen);
     multiply_values<T, kDim>(sums, x, keys, 0);
   }
   cp_async_wait<0>();
