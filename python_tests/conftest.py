@@ -61,7 +61,9 @@ def full(request) -> bool:
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch) -> str:
     """Who runs the kernels: the CPU's, CUDA's on the emulator, or CUDA's on a GPU."""
-    op = request.path.stem.removeprefix("test_").removeprefix("linear_")
+    case = getattr(request.node, "callspec", None) and request.node.callspec.params.get("case")
+    op = request.module.KERNELS[case] if case else request.path.stem.removeprefix("test_")
+    op = op.removeprefix("linear_")
     if request.param == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
