@@ -68,9 +68,11 @@ def environment(flavour: str) -> dict[str, str]:
 
 
 @functools.cache
-def load(flavour: str = "fast") -> ModuleType:
-    """The emulated `_C`, built if need be."""
-    path = build_module(flavour)
+def load(flavour: str = "fast", broken: str = "") -> ModuleType:
+    """The emulated `_C`, built if need be. `broken`: "op:csrc", that op's kernels come from
+    other sources."""
+    op, _, csrc = broken.partition(":")
+    path = build_module(flavour, {f"{op}.cu": Path(csrc)} if op else {})
     loader = importlib.machinery.ExtensionFileLoader("_C", str(path))
     spec = importlib.util.spec_from_file_location("_C", path, loader=loader)
     module = importlib.util.module_from_spec(spec)
@@ -78,23 +80,26 @@ def load(flavour: str = "fast") -> ModuleType:
     return module
 
 
-def build_module(flavour: str = "fast", csrc: Path = CSRC) -> Path:
+def build_module(flavour: str, elsewhere: dict[str, Path]) -> Path:
+    """`elsewhere`: the csrc of those kernels that are not to come from CSRC."""
     kernels, runtime, link = FLAVOURS[flavour]
     import pybind11
 
     python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     sanitized = SANITIZE if flavour == "asan" else []
-    objects = [_object(csrc, name, ["-x", "c++", *kernels]) for name in KERNELS]
-    objects += [_object(csrc, name, runtime) for name in EMULATOR]
-    objects += [_object(csrc, name, ["-O1", *python, *sanitized]) for name in MODULE]
+    objects = [
+        _object(elsewhere.get(name, CSRC), name, ["-x", "c++", *kernels]) for name in KERNELS
+    ]
+    objects += [_object(CSRC, name, runtime) for name in EMULATOR]
+    objects += [_object(CSRC, name, ["-O1", *python, *sanitized]) for name in MODULE]
     return _link(objects, ["-shared", *link], "_C.so")
 
 
-def build_program(flavour: str, source: str, csrc: Path = CSRC, kernels: tuple = ()) -> Path:
-    """An executable of one .cu file with a main(), and perhaps kernels of the package."""
+def build_program(flavour: str, source: str) -> Path:
+    """An executable of one .cu file with a main()."""
     flags, runtime, link = FLAVOURS[flavour]
-    objects = [_object(csrc, name, ["-x", "c++", *flags]) for name in (source, *kernels)]
-    objects += [_object(csrc, name, runtime) for name in EMULATOR]
+    objects = [_object(CSRC, source, ["-x", "c++", *flags])]
+    objects += [_object(CSRC, name, runtime) for name in EMULATOR]
     return _link(objects, ["-rdynamic", *link], Path(source).stem)
 
 
