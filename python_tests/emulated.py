@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -86,21 +87,18 @@ def build_module(flavour: str, elsewhere: dict[str, Path]) -> Path:
     import pybind11
 
     python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    sanitized = SANITIZE if flavour == "asan" else []
-    objects = [
-        _object(elsewhere.get(name, CSRC), name, ["-x", "c++", *kernels]) for name in KERNELS
-    ]
-    objects += [_object(CSRC, name, runtime) for name in EMULATOR]
-    objects += [_object(CSRC, name, ["-O1", *python, *sanitized]) for name in MODULE]
-    return _link(objects, ["-shared", *link], "_C.so")
+    sources = [(CSRC, name, ["-O1", *python]) for name in MODULE]  # one object for all flavours
+    sources += [(elsewhere.get(name, CSRC), name, ["-x", "c++", *kernels]) for name in KERNELS]
+    sources += [(CSRC, name, runtime) for name in EMULATOR]
+    return _link(_objects(sources), ["-shared", *link], "_C.so")
 
 
 def build_program(flavour: str, source: str) -> Path:
     """An executable of one .cu file with a main()."""
     flags, runtime, link = FLAVOURS[flavour]
-    objects = [_object(CSRC, source, ["-x", "c++", *flags])]
-    objects += [_object(CSRC, name, runtime) for name in EMULATOR]
-    return _link(objects, ["-rdynamic", *link], Path(source).stem)
+    sources = [(CSRC, source, ["-x", "c++", *flags])]
+    sources += [(CSRC, name, runtime) for name in EMULATOR]
+    return _link(_objects(sources), ["-rdynamic", *link], Path(source).stem)
 
 
 def _compiler() -> str:
@@ -121,6 +119,11 @@ def _with_includes(path: Path, csrc: Path, seen: dict[Path, bytes]) -> dict[Path
             for folder in (path.parent, csrc):
                 _with_includes((folder / name.decode()).resolve(), csrc, seen)
     return seen
+
+
+def _objects(sources: list[tuple[Path, str, list[str]]]) -> list[Path]:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # a compiler is a process of its own
+        return list(pool.map(lambda source: _object(*source), sources))
 
 
 def _object(csrc: Path, source: str, flags: list[str]) -> Path:
