@@ -37,6 +37,9 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "big: a case too long for the emulator")
+    config.addinivalue_line(
+        "markers", "kernel(op): whose CUDA kernel it takes, where the file's name does not say"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
@@ -68,8 +71,8 @@ def full(request) -> bool:
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch) -> str:
     """Who runs the kernels: the CPU's, CUDA's on the emulator, or CUDA's on a GPU."""
-    case = getattr(request.node, "callspec", None) and request.node.callspec.params.get("case")
-    op = request.module.KERNELS[case] if case else request.path.stem.removeprefix("test_")
+    marked = request.node.get_closest_marker("kernel")
+    op = marked.args[0] if marked else request.path.stem.removeprefix("test_")
     op = op.removeprefix("linear_")
     if request.param == "cuda":
         if not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""What holds for all ops alike: the same bits again, for a part of a batch, on any stream, in a CUDA graph."""
+"""What holds for all ops alike: the same bits again, in part of a batch, in a CUDA graph."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from tolerance import assert_same_bits
 
-from instructcore import ops
+from instructcore import _C, ops
 
 B, T, N, V = 6, 40, 12, 1025
 
@@ -19,8 +19,8 @@ def tensors(device, *shapes, dtype=torch.bfloat16):
     return [torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in shapes]
 
 
-# name -> (op, make(device) -> its tensors by name, the others). The first dimension of a tensor whose
-# name does not begin with "_" is the batch's, so a part of the batch is a part of each.
+# Each case gives its op's tensors by name, and the other arguments. The first dimension of a tensor
+# is the batch's, so that part of the batch is part of each, unless its name begins with "_".
 def attention(device):
     q, k, v = tensors(device, (B, T, 4, 64), (B, 100, 2, 64), (B, 100, 2, 64))
     return {"q": q, "k": k, "v": v}, {"window": (70, 0), "return_lse": True}
@@ -98,14 +98,24 @@ def sample(device):
     return named | {"top_p": torch.rand(N, device=device)}, {"temperature": 0.7}
 
 
-CASES = [attention, attention_float32, attention_varlen, attention_paged_, cross_entropy]
-CASES += [token_logprobs, linear_cross_entropy, linear_token_logprobs, gae, ppo_advantage, ppo_loss]
-CASES += [sample]
-KERNELS = {f: f.__name__.removeprefix("linear_").split("_")[0] for f in CASES}
-KERNELS |= {f: f.__name__.removeprefix("linear_") for f in CASES if not f.__name__.startswith("att")}
+CASES = {
+    "attention": [attention, attention_float32, attention_varlen, attention_paged_],
+    "cross_entropy": [cross_entropy, linear_cross_entropy],
+    "token_logprobs": [token_logprobs, linear_token_logprobs],
+    "gae": [gae],
+    "ppo_advantage": [ppo_advantage],
+    "ppo_loss": [ppo_loss],
+    "sample": [sample],
+}
 
 
-@pytest.fixture(params=CASES, ids=lambda f: f.__name__)
+@pytest.fixture(
+    params=[
+        pytest.param(case, id=case.__name__, marks=pytest.mark.kernel(op))
+        for op, cases in CASES.items()
+        for case in cases
+    ]
+)
 def case(request):
     return request.param
 
@@ -157,10 +167,8 @@ def test_part_of_a_batch(case, device):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_stream_and_graph_cuda(case):
-    from instructcore import _C
-
-    if KERNELS[case] not in _C.build_info()["cuda_ops"]:
-        pytest.skip("this build has no CUDA kernel for it")
+    if not _C.build_info()["cuda"]:
+        pytest.skip("this build has no CUDA kernels")
     named, options = case("cuda")
     expected = call(case, named, options)
     first = next(x for x in named.values() if x.is_floating_point())
