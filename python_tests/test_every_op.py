@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from tolerance import assert_same_bits
 
 from instructcore import _C, ops
+from instructcore.data import Packed
+from instructcore.model import GPT, ModelConfig
+from instructcore.pretrain import next_token_loss, to_device
 
 B, T, N, V = 6, 40, 12, 1025
 
@@ -193,3 +198,32 @@ def test_stream_and_graph_cuda(case):
         graph.replay()
     torch.cuda.synchronize()
     check_same(ours, call(case, named, options))
+
+
+@pytest.mark.kernel("attention")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_training_step(device, dtype, monkeypatch):
+    """A model's loss and gradients, by the kernels under test and by the CPU's."""
+    shape = ModelConfig(
+        family="qwen3", vocab_size=300, context=128, layers=2, heads=4, kv_heads=2, width=64
+    )
+    tokens = torch.randint(300, (150,))
+    cu = torch.tensor([0, 70, 71, 150], dtype=torch.int32)
+    packed = Packed(tokens, cu, tokens.roll(-1), 79)
+
+    def step(device):
+        model = GPT(shape, dtype=dtype, generator=torch.Generator().manual_seed(0)).to(device)
+        loss = next_token_loss(model, to_device(packed, torch.device(device)), 150)
+        loss.backward()
+        grads = [p.grad.flatten() for p in model.parameters()]
+        return loss.detach().cpu(), torch.cat(grads).double().cpu()
+
+    loss, grads = step(device)
+    for name, module in sys.modules.items():
+        if name.startswith("instructcore.ops.") and hasattr(module, "_C"):
+            monkeypatch.setattr(module, "_C", _C)
+    expected_loss, expected = step("cpu")
+    # Two roundings of each activation in bfloat16, through 2 layers and back.
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert abs(loss - expected_loss) <= tolerance * expected_loss
+    assert (grads - expected).norm() <= tolerance * expected.norm()
