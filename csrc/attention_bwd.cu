@@ -322,11 +322,11 @@ __global__ void __launch_bounds__(kSinkThreads) sum_sinks(const AttentionBackwar
 
 // ---- dk and dv: rows are keys, columns queries
 
-// Products of k and q become p; p times softcap' goes to `passed`. lse: of the thread's columns.
+// Products of k and q become p; p times softcap' goes to `passed`. lse: from the
+// thread's first column on.
 template <bool kPlain, int kThreads, int kRowTiles>
 IC_GPU void to_weights(float (&x)[kRowTiles][kTileColumns][4], float4* passed,
-                       const LogitRule& rule, const float (&lse)[2 * kTileColumns], int column,
-                       const RowsSeen& seen) {
+                       const LogitRule& rule, const float* lse, int column, const RowsSeen& seen) {
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
@@ -335,7 +335,7 @@ IC_GPU void to_weights(float (&x)[kRowTiles][kTileColumns][4], float4* passed,
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int distance = seen.position(i, e / 2) - (column + 8 * j + e % 2);
-        x[i][j][e] = weight_of<kPlain>(rule, x[i][j][e], distance, lse[2 * j + e % 2], &change[e]);
+        x[i][j][e] = weight_of<kPlain>(rule, x[i][j][e], distance, lse[8 * j + e % 2], &change[e]);
       }
       passed[(i * kTileColumns + j) * kThreads] =
           make_float4(change[0], change[1], change[2], change[3]);
@@ -346,7 +346,7 @@ IC_GPU void to_weights(float (&x)[kRowTiles][kTileColumns][4], float4* passed,
 // Products of v and dout become dlogit, by what to_weights passed.
 template <int kThreads, int kRowTiles>
 IC_GPU void to_changes(float (&x)[kRowTiles][kTileColumns][4], const float4* passed,
-                       const float (&delta)[2 * kTileColumns]) {
+                       const float* delta) {
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
@@ -355,15 +355,14 @@ IC_GPU void to_changes(float (&x)[kRowTiles][kTileColumns][4], const float4* pas
       const float change[4] = {all.x, all.y, all.z, all.w};
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        x[i][j][e] = change[e] * (x[i][j][e] - delta[2 * j + e % 2]);
+        x[i][j][e] = change[e] * (x[i][j][e] - delta[8 * j + e % 2]);
     }
   }
 }
 
 // A tile of queries: of which head, from which on.
 struct TileAt {
-  int64_t head;
-  int column;
+  int head, column;
 
   // Through all tiles of a head, then the next head.
   IC_GPU TileAt next(int first, int end) const {
@@ -378,6 +377,7 @@ __global__ void __launch_bounds__(KeyShape<kDim>::kThreads, KeyShape<kDim>::kBlo
   constexpr int kPairs = kRowWarps * kWarp;  // of a thread that forms p and one that forms dlogit
   DYNAMIC_SHARED(shared);
   SHARED_ARRAY(Work, work, 1);
+  SHARED_ARRAY(float, of_columns, S::kStages * 2 * kTile);  // lse in units of log 2, then delta
   const AttentionArgs& a = args.forward;
   if (threadIdx.x == 0) find_work<true>(a, tiles, S::kRows, work);
   __syncthreads();
@@ -391,8 +391,6 @@ __global__ void __launch_bounds__(KeyShape<kDim>::kThreads, KeyShape<kDim>::kBlo
   float4* const passed = reinterpret_cast<float4*>(stages + S::kStages * 2 * S::kTileBytes) +
                          threadIdx.x % kPairs;
   const Reach &block = work->all, &warp = work->of_warp[warp_index() % kRowWarps];
-  const RowsSeen seen(s, work->row + tile_row);
-
   const auto stage = [&](int n) { return stages + n % S::kStages * (2 * S::kTileBytes); };
   const auto load = [&](int n, TileAt at) {
     const int64_t token = s.first_query + at.column;
@@ -401,16 +399,29 @@ __global__ void __launch_bounds__(KeyShape<kDim>::kThreads, KeyShape<kDim>::kBlo
     load_rows<kDim, kTile, S::kThreads>(stage(n) + S::kTileBytes, args.grad_out,
                                         row_of(args.grad_out, s, token, at.head), rows, a.dim);
   };
-  const int64_t group = a.heads / a.kv_heads;
+  // A thread's part of tile n's lse and delta, to be put in place later.
+  const auto load_column = [&](TileAt at) {
+    const int thread = static_cast<int>(threadIdx.x), t = at.column + thread % kTile;
+    if (thread >= 2 * kTile || t >= s.keys) return 0.0f;
+    const int64_t index = attention_lse_index(a, s, at.head, t);
+    return thread < kTile ? a.lse[index] * kLog2e : a.workspace[index];
+  };
+  const auto put_column = [&](int n, float value) {
+    if (threadIdx.x < 2 * kTile) of_columns[n % S::kStages * 2 * kTile + threadIdx.x] = value;
+  };
+  const int group = static_cast<int>(a.heads / a.kv_heads);
   const int first = block.first_tile() * kTile;
-  const int count = max(block.end_tile() - block.first_tile(), 0) * static_cast<int>(group);
-  TileAt at{work->head * group, first}, at_before = at;
+  const int count = max(block.end_tile() - block.first_tile(), 0) * group;
+  TileAt at{static_cast<int>(work->head) * group, first}, at_before = at;
   const int64_t token = s.first_key + work->row;
   load_rows<kDim, S::kRows, S::kThreads>(shared, a.k, row_of(a.k, s, token, work->head),
                                          work->rows, a.dim);
   load_rows<kDim, S::kRows, S::kThreads>(shared + S::kRowBytes, a.v,
                                          row_of(a.v, s, token, work->head), work->rows, a.dim);
-  if (count > 0) load(0, at);
+  if (count > 0) {
+    load(0, at);
+    put_column(0, load_column(at));
+  }
   cp_async_commit();
 
   float sums[S::kRowTiles][kDim / 8][4] = {};
@@ -419,12 +430,16 @@ __global__ void __launch_bounds__(KeyShape<kDim>::kThreads, KeyShape<kDim>::kBlo
     cp_async_wait<0>();
     __syncthreads();
     const TileAt at_next = at.next(first, block.end);
-    if (n + 1 < count) load(n + 1, at_next);
+    float of_next = 0.0f;
+    if (n + 1 < count) {
+      load(n + 1, at_next);
+      of_next = load_column(at_next);
+    }
     cp_async_commit();
     if (n < count && block.partial(at.column) &&
         __syncthreads_or(any_not_finite<T, kDim, 2 * kTile, S::kThreads>(stage(n)))) {
-      mark_not_finite<T, kDim>(sums, stage(n) + (of_keys ? 0 : S::kTileBytes), 0, at.column, seen,
-                               kTile);
+      mark_not_finite<T, kDim>(sums, stage(n) + (of_keys ? 0 : S::kTileBytes), 0, at.column,
+                               RowsSeen(s, work->row + tile_row), kTile);
       __syncthreads();
       clear_not_finite<T, kDim, 2 * kTile, S::kThreads>(stage(n));
       __syncthreads();
@@ -436,19 +451,15 @@ __global__ void __launch_bounds__(KeyShape<kDim>::kThreads, KeyShape<kDim>::kBlo
     const uint32_t queries = smem_address(stage(max(m, 0))), douts = queries + S::kTileBytes;
     const int column = here.column + lane_index() % 4 * 2;
     float4* const slot = passed + (m & S::kLag) * (S::kPassedBytes / 16);
+    const float* const of_column = of_columns +
+                                   (max(m, 0) % S::kStages * 2 + of_keys) * kTile +
+                                   lane_index() % 4 * 2;
     float x[S::kRowTiles][kTileColumns][4] = {};
-    float of_column[2 * kTileColumns];  // lse or delta
     if (works) {
-      const float* from = of_keys ? a.workspace : a.lse;
-      from += attention_lse_index(a, s, here.head, 0);
-#pragma unroll
-      for (int e = 0; e < 2 * kTileColumns; ++e)
-        of_column[e] = from[min(column + e / 2 * 8 + e % 2, static_cast<int>(s.keys) - 1)];
-      const LogitRule rule(a, s.index, here.head);
       multiply_rows<T, kDim>(x, smem_address(own), tile_row, of_keys ? douts : queries);
       if (!of_keys) {
-#pragma unroll
-        for (int e = 0; e < 2 * kTileColumns; ++e) of_column[e] *= kLog2e;
+        const RowsSeen seen(s, work->row + tile_row);
+        const LogitRule rule(a, s.index, here.head);
         if (rule.plain()) {
           to_weights<true, kPairs>(x, slot, rule, of_column, column, seen);
         } else {
@@ -459,9 +470,10 @@ __global__ void __launch_bounds__(KeyShape<kDim>::kThreads, KeyShape<kDim>::kBlo
     if constexpr (S::kLag == 0) __syncthreads();
     if (works) {
       if (of_keys) to_changes<kPairs>(x, slot, of_column);
-      if (warp.partial(here.column)) hide(x, column, seen);
+      if (warp.partial(here.column)) hide(x, column, RowsSeen(s, work->row + tile_row));
       multiply_values<T, kDim>(sums, x, of_keys ? queries : douts, 0);
     }
+    if (n + 1 < count) put_column(n + 1, of_next);
     at_before = at;
     at = at_next;
   }
