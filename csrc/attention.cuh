@@ -208,9 +208,9 @@ IC_GPU bool any_not_finite(const unsigned char* tile) {
 // column become NaN. first, first_key: of the tile's part that the outputs take, of its row 0.
 template <class T, int kDim, int kRowTiles, int kColumns, class Seen>
 IC_GPU void mark_not_finite(float (&o)[kRowTiles][kColumns][4], const unsigned char* v, int first,
-                            int first_key, const Seen& seen) {
+                            int first_key, const Seen& seen, int rows = kKeyTile) {
 #pragma unroll 1
-  for (int row = 0; row < kKeyTile; ++row) {
+  for (int row = 0; row < rows; ++row) {
     const int key = first_key + row;
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
