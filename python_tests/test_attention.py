@@ -476,9 +476,21 @@ HALVES = [torch.bfloat16, torch.float16]
 # What the kernels on tensor cores have to tell apart: (held, new, paged()'s settings, options, turn)
 PAGED = {
     "decode": ([1100, 37, 512, 511], [1, 1, 1, 1], {"dim": 64, "size": 16}, "causal", ""),
-    "grouped_by_4": ([1100, 600], [1, 2], {"dim": 80, "size": 48, "heads": (4, 1)}, "causal", "halves"),
+    "grouped_by_4": (
+        [1100, 600],
+        [1, 2],
+        {"dim": 80, "size": 48, "heads": (4, 1)},
+        "causal",
+        "halves",
+    ),
     "grouped_by_8": ([700], [2], {"dim": 128, "size": 16, "heads": (8, 1)}, "sinks", "interleaved"),
-    "rows_apart": ([1000, 3], [3, 8], {"dim": 128, "size": 48, "heads": (8, 1)}, "causal", "halves"),
+    "rows_apart": (
+        [1000, 3],
+        [3, 8],
+        {"dim": 128, "size": 48, "heads": (8, 1)},
+        "causal",
+        "halves",
+    ),
     "chunk": ([500, 1030, 0, 9], [70, 1, 40, 0], {"dim": 64, "size": 48}, "causal", "halves"),
     "odd_group": ([3], [50], {"dim": 64, "size": 7, "heads": (6, 2)}, "alibi", "interleaved"),
     "dim_256": ([520, 2], [1, 20], {"dim": 256, "size": 16, "heads": (2, 1)}, "sinks", "halves"),
