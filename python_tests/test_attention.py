@@ -473,7 +473,7 @@ def test_paged_matches_reference(device, dtype, cache_dtype, turn):
 
 
 HALVES = [torch.bfloat16, torch.float16]
-# What the kernels on tensor cores have to tell apart: (held, new, paged()'s settings, options, turn)
+# What the kernels on tensor cores tell apart: (held, new, paged()'s settings, options, turn)
 PAGED = {
     "decode": ([1100, 37, 512, 511], [1, 1, 1, 1], {"dim": 64, "size": 16}, "causal", ""),
     "grouped_by_4": (
@@ -547,7 +547,9 @@ def test_paged_deterministic(device, dtype, threads):
 def test_paged_reads_only_its_own(device, dtype):
     """NaN in free blocks, in rows past a sequence's end and in hidden keys reaches nobody."""
     held, new = [530, 12, 70], [1, 20, 3]
-    (q, *caches, table, lengths, cu), added = paged(held, new, dtype, device=device, dim=64, size=48)
+    (q, *caches, table, lengths, cu), added = paged(
+        held, new, dtype, device=device, dim=64, size=48
+    )
     options = {**added, "window": (40, 0)}
     results = []
     for poisoned in (False, True):
@@ -701,6 +703,17 @@ def test_paged_without_new_keys_reads_only(device):
     assert torch.allclose(out, native, atol=1e-6)
     for a, b in zip(before, arguments[1:3], strict=True):
         assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
+def test_paged_without_sequences(device, dtype):
+    (q, *caches, table, held, _), new = paged([3], [2], dtype, device=device)
+    cu = torch.zeros(1, dtype=torch.int32, device=device)
+    angles = torch.ones(9, 16, device=device)
+    for turn in ({}, {"cos": angles, "sin": angles}):
+        empty = (q, *caches, table[:0], held[:0], cu)
+        out, lse = attention_paged_(*empty, **new, **turn, return_lse=True)
+        assert out.eq(0).all() and lse.eq(-torch.inf).all()
 
 
 def test_opcheck_and_compile(device):
