@@ -546,8 +546,9 @@ __global__ void __launch_bounds__(QueryShape<kDim>::kThreads, QueryShape<kDim>::
   if (block.first_tile() < block.end_tile()) load(block.first_tile());
   cp_async_commit();
 
-  if (static_cast<int>(threadIdx.x) < work->rows) {
-    const int64_t at = attention_lse_index(a, s, work->head, work->row + threadIdx.x);
+  if (threadIdx.x < S::kRows) {
+    const int64_t t = min(work->row + threadIdx.x, s.queries - 1);
+    const int64_t at = attention_lse_index(a, s, work->head, t);
     of_row[threadIdx.x] = make_float2(a.lse[at] * kLog2e, a.workspace[at]);
   }
   float sums[S::kRowTiles][kDim / 8][4] = {};
