@@ -255,10 +255,10 @@ def test_gradients_in_16_bits(device, shape, name):
     check_gradients(*inputs(shape, dtype, device), settings(name, shape, device))
 
 
-@pytest.mark.parametrize("dim", [64, 256])
-def test_same_gradient_bits_in_16_bits(device, threads, dim):
+@pytest.mark.parametrize("dim, n", [(64, 150), (256, 70)])
+def test_same_gradient_bits_in_16_bits(device, threads, dim, n):
     """What a sequence gets comes from itself alone, in any order of a GPU's threads."""
-    q, k, v = inputs((2, 150, 150, 2, 1, dim), torch.bfloat16, device)
+    q, k, v = inputs((2, n, n, 2, 1, dim), torch.bfloat16, device)
     grad = torch.randn_like(q)
 
     def gradients_of(op, *tensors, grad):
@@ -266,32 +266,26 @@ def test_same_gradient_bits_in_16_bits(device, threads, dim):
         return torch.autograd.grad(op(*leaves, *tensors[3:]), leaves, grad)
 
     both = gradients_of(attention, q, k, v, grad=grad)
-    for n in (1, 2, 3):
-        threads(n)
+    for order in (1, 2, 3):
+        threads(order)
         second = gradients_of(attention, *(x[1:] for x in (q, k, v)), grad=grad[1:])
         for a, b in zip(both, second, strict=True):
             assert_same_bits(a[1:], b)
     # Packed, with a stranger before and after.
-    cu = torch.tensor([0, 77, 227, 230], dtype=torch.int32, device=device)
-    packs = [torch.cat([x[0, :77], x[1], x[0, :5]]) for x in (q, k, v, grad)]
-    packs[3][230:] = NAN
+    cu = torch.tensor([0, 37, 37 + n, 40 + n], dtype=torch.int32, device=device)
+    packs = [torch.cat([x[0, :37], x[1], x[0, :5]]) for x in (q, k, v, grad)]
+    packs[3][40 + n :] = NAN
     for a, b in zip(
         both, gradients_of(attention_varlen, *packs[:3], cu, cu, grad=packs[3]), strict=True
     ):
-        assert_same_bits(a[1], b[77:227])
-        assert b[230:].eq(0).all()
+        assert_same_bits(a[1], b[37 : 37 + n])
+        assert b[40 + n :].eq(0).all()
 
 
-@pytest.mark.parametrize(
-    "dim, poison",
-    [
-        *((64, NAN), (64, float("inf")), (256, NAN)),
-        pytest.param(256, float("inf"), marks=pytest.mark.big),
-    ],
-)
-def test_hidden_gradients_do_not_leak_in_16_bits(device, dim, poison):
+@pytest.mark.parametrize("dim, n, poison", [(64, 10, NAN), (64, 10, float("inf")), (256, 5, NAN)])
+def test_hidden_gradients_do_not_leak_in_16_bits(device, dim, n, poison):
     dtype = torch.bfloat16 if poison != poison else torch.float16
-    q, k, v = inputs((1, 150, 150, 2, 1, dim), dtype, device)
+    q, k, v = inputs((1, 15 * n, 15 * n, 2, 1, dim), dtype, device)
     tensors = {"q": q, "k": k, "v": v, "grad": torch.randn_like(q)}
 
     def run(window=None, **changed):
@@ -304,26 +298,29 @@ def test_hidden_gradients_do_not_leak_in_16_bits(device, dim, poison):
         x[:, rows] = poison
         return {name: x}
 
-    clean, windowed = run(), run((30, 0))
+    window = (3 * n, 0)
+    clean, windowed = run(), run(window)
     for name in ("k", "v"):
-        assert_same_bits(run(**dirty(name, slice(70, None)))[0][:, :70], clean[0][:, :70])
-        # Keys 0..9 are to the left of the window of queries 40 and up, and of all who share a key.
-        for a, b in zip(run((30, 0), **dirty(name, slice(10))), windowed, strict=True):
-            assert_same_bits(a[:, 40:], b[:, 40:])
+        dq, _, _ = run(**dirty(name, slice(7 * n, None)))
+        assert_same_bits(dq[:, : 7 * n], clean[0][:, : 7 * n])
+        # Keys before n are to the left of what queries from 4 n on see, and of who shares a key
+        # with those.
+        for a, b in zip(run(window, **dirty(name, slice(n))), windowed, strict=True):
+            assert_same_bits(a[:, 4 * n :], b[:, 4 * n :])
     for name in ("q", "grad"):
-        for a, b in zip(run(**dirty(name, slice(70))), clean, strict=True):
-            assert_same_bits(a[:, 70:], b[:, 70:])
-        for a, b in zip(run((30, 0), **dirty(name, slice(100, None))), windowed, strict=True):
-            assert_same_bits(a[:, :70], b[:, :70])
-    # One that is seen shows: in its own column of dv, and in dk, of the keys it sees; in its dq.
-    grad = tensors["grad"].clone()
-    grad[0, 100, 1, 5] = poison
+        for a, b in zip(run(**dirty(name, slice(7 * n))), clean, strict=True):
+            assert_same_bits(a[:, 7 * n :], b[:, 7 * n :])
+        for a, b in zip(run(window, **dirty(name, slice(10 * n, None))), windowed, strict=True):
+            assert_same_bits(a[:, : 7 * n], b[:, : 7 * n])
+    # What is seen shows: in its own column of dv and in dk, of the keys that it sees; in its dq.
+    grad, t = tensors["grad"].clone(), 10 * n
+    grad[0, t, 1, 5] = poison
     dq, dk, dv = run(grad=grad)
     for x in (dk, dv):
-        assert not x[0, :101, 0, 5].isfinite().any() and x[0, 101:].isfinite().all()
+        assert not x[0, : t + 1, 0, 5].isfinite().any() and x[0, t + 1 :].isfinite().all()
     assert dv[0, :, 0, 6:].isfinite().all()
-    assert not dq[0, 100, 1].isfinite().any() and dq[0, 100, 0].isfinite().all()
-    assert dq[0, :100].isfinite().all() and dq[0, 101:].isfinite().all()
+    assert not dq[0, t, 1].isfinite().any() and dq[0, t, 0].isfinite().all()
+    assert dq[0, :t].isfinite().all() and dq[0, t + 1 :].isfinite().all()
 
 
 LENGTHS_Q, LENGTHS_K = [5, 0, 1, 70, 12, 3], [5, 4, 0, 70, 300, 1]
