@@ -6,6 +6,9 @@
 Each bench_<op>.py offers `cases(device)`, which yields `Case`s. All variants of a case are timed in
 interleaved rounds, so that a busy machine hits them alike; a round's ratio is taken within the
 round. Bytes and FLOPs are what the algorithm must move and do, derived beside each case.
+
+On a GPU each call is timed by CUDA events, behind a write of more than L2 holds and a pause in
+which the host gets ahead; rounds take turns between two sets of a case's tensors.
 """
 
 from __future__ import annotations
@@ -13,13 +16,16 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import functools
 import importlib
+import itertools
+import math
 import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,9 +53,37 @@ class Case:
     )  # untimed, before each call
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+def liger(name: str) -> Callable | None:
+    """A function of the Liger kernels, if they are installed."""
+    try:
+        return getattr(importlib.import_module("liger_kernel.transformers.functional"), name)
+    except ImportError:
+        return None
+
+
+def copies(device: str) -> int:
+    """How many sets of a case's tensors there are, used in turn."""
+    return 2 if device == "cuda" else 1
+
+
+@functools.cache
+def scratch() -> torch.Tensor:
+    """More than any L2 holds."""
+    return torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+
+
+def time_on_gpu(f: Callable[[], object], setup: Callable | None, calls: int) -> float:
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+    for start, end in events:
+        if setup is not None:
+            setup()
+        scratch().zero_()
+        torch.cuda._sleep(500_000)  # 0.3 ms
+        start.record()
+        f()
+        end.record()
+    torch.cuda.synchronize()
+    return sum(start.elapsed_time(end) for start, end in events) / calls / 1e3
 
 
 def time_once(f: Callable[[], object], setup: Callable | None, device: str, calls: int) -> float:
@@ -57,32 +91,47 @@ def time_once(f: Callable[[], object], setup: Callable | None, device: str, call
     if setup is not None:
         setup()
         calls = 1
-    synchronize(device)
+    if device == "cuda":
+        return time_on_gpu(f, setup, calls)
     start = time.perf_counter()
     for _ in range(calls):
         f()
-    synchronize(device)
     return (time.perf_counter() - start) / calls
 
 
-def measure(case: Case, device: str, rounds: int, budget: float = 0.02) -> dict[str, list[float]]:
-    """Interleaved rounds: a list of seconds per call for each variant."""
-    calls = {}
-    for name, f in case.variants.items():
-        setup = case.setup.get(name)
-        time_once(f, setup, device, 1)
-        once = time_once(f, setup, device, 1)
-        calls[name] = max(1, int(budget / max(once, 1e-7)))
-    times: dict[str, list[float]] = {name: [] for name in case.variants}
-    for _ in range(rounds):
-        for name, f in case.variants.items():
-            times[name].append(time_once(f, case.setup.get(name), device, calls[name]))
+def measure(
+    group: Sequence[Case], device: str, rounds: int, budget: float = 0.02
+) -> dict[str, list[float]]:
+    """Interleaved rounds over one case's sets of tensors: seconds per call for each variant.
+
+    A rival that cannot run is named and left out.
+    """
+    calls, most = {}, 10 if device == "cuda" else 1_000_000  # the flush takes as long as most calls
+    for name in group[0].variants:
+        try:
+            for case in group:
+                f, setup = case.variants[name], case.setup.get(name)
+                time_once(f, setup, device, 1)
+            once = time_once(f, setup, device, 1)
+        except Exception as error:
+            if name == "ours":
+                raise
+            print(f"{name} cannot run {group[0].name} {group[0].dtype}: {str(error)[:200]!r}")
+            continue
+        calls[name] = max(1, min(most, int(budget / max(once, 1e-7))))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for index in range(rounds):
+        case = group[index % len(group)]
+        for name in calls:
+            f, setup = case.variants[name], case.setup.get(name)
+            times[name].append(time_once(f, setup, device, calls[name]))
     return times
 
 
 def rooflines(device: str) -> tuple[float, dict[str, float]]:
     """(bytes/s of a copy, FLOP/s of a GEMM per dtype), measured here and now."""
-    source = torch.empty(64 << 20, dtype=torch.uint8, device=device)
+    size = 1 << 30 if device == "cuda" else 64 << 20
+    source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy = min(time_once(lambda: target.copy_(source), None, device, 3) for _ in range(5))
     rates = {}
@@ -120,7 +169,16 @@ def commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def rows_of(op: str, cases: Iterator[Case], device: str, rounds: int) -> Iterator[dict]:
+def rows_of(
+    op: str,
+    cases: Callable[[str], Iterator[Case]],
+    device: str,
+    rounds: int,
+    most: int,
+    seconds: float,
+) -> Iterator[dict]:
+    """Of the first `most` cases, or as many as begin within `seconds`."""
+    end = time.perf_counter() + seconds
     bandwidth, rates = rooflines(device)
     print(
         f"{device_name(device)}: copy {bandwidth / 1e9:.0f} GB/s, GEMM "
@@ -130,8 +188,12 @@ def rows_of(op: str, cases: Iterator[Case], device: str, rounds: int) -> Iterato
         f"{'case':<44} {'dtype':<9} {'pass':<8} {'variant':<22} {'p50 us':>10} {'GB/s':>7} "
         f"{'GF/s':>7} {'% roof':>7}  ours is (quartiles)"
     )
-    for case in cases:
-        times = measure(case, device, rounds)
+    groups = zip(*(cases(device) for _ in range(copies(device))), strict=True)
+    for group in itertools.islice(groups, most):
+        if time.perf_counter() > end:
+            print(f"{seconds:.0f} s are over: {group[0].name} and what follows are left out")
+            return
+        case, times = group[0], measure(group, device, rounds)
         floor = max(case.bytes / bandwidth, case.flops / rates[case.dtype])
         for name, seconds in times.items():
             p50 = statistics.median(seconds)
@@ -162,7 +224,8 @@ def rows_of(op: str, cases: Iterator[Case], device: str, rounds: int) -> Iterato
                 "torch": torch.__version__,
                 "commit": commit(),
                 "date": datetime.date.today().isoformat(),
-                "command": f"python bench/bench.py {op}",
+                "command": f"python bench/bench.py {op}"
+                + (" --device cuda" if device == "cuda" else ""),
             }
 
 
@@ -192,16 +255,18 @@ def main() -> int:
     parser.add_argument(
         "--record", action="store_true", help="append to bench/results/<device>.csv"
     )
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="per op, after which no case begins"
+    )
     parser.add_argument("--quick", action="store_true", help="the first two cases, three rounds")
     options = parser.parse_args()
     sys.path.insert(0, str(HERE))
     chosen = dict.fromkeys(within.get(op, op) for op in options.op)
     for op in ops if "all" in chosen else chosen:
-        cases = importlib.import_module(f"bench_{op}").cases(options.device)
-        if options.quick:
-            cases = (case for _, case in zip(range(2), cases, strict=False))
+        cases = importlib.import_module(f"bench_{op}").cases
         print(f"\n{op}")
-        rows = list(rows_of(op, cases, options.device, 3 if options.quick else options.rounds))
+        rounds, most = (3, 2) if options.quick else (options.rounds, sys.maxsize)
+        rows = list(rows_of(op, cases, options.device, rounds, most, options.seconds))
         if options.record:
             print(f"recorded in {record(rows, options.device)}")
     return 0

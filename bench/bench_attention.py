@@ -3,23 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from bench import Case
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from instructcore.ops import attention, attention_paged_, attention_varlen
 
-DENSE = (
-    (1, 8, 8, 2048, 64),
-    (1, 8, 8, 2048, 128),
-    (1, 8, 2, 2048, 64),
-    (4, 8, 8, 256, 64),
-    (16, 4, 4, 64, 32),
-)
-# sequences, shortest, longest: the pipeline's batches of 20 to 128 tokens, and a long tail
-PACKED = ((12, 20, 128), (64, 20, 128), (200, 20, 64), (16, 20, 1500))
+# batch, heads, kv_heads, tokens, dim
+DENSE = {
+    "cpu": (
+        (1, 8, 8, 2048, 64),
+        (1, 8, 8, 2048, 128),
+        (1, 8, 2, 2048, 64),
+        (4, 8, 8, 256, 64),
+        (16, 4, 4, 64, 32),
+    ),
+    "cuda": (
+        (1, 64, 8, 8192, 128),
+        (1, 64, 8, 2048, 128),
+        (4, 48, 48, 1024, 128),
+        (1, 16, 16, 16384, 64),
+    ),
+}
+# sequences, shortest, longest, heads, dim: the pipeline's batches of 20 to 128 tokens, and a long
+# tail
+PACKED = {
+    "cpu": (
+        (12, 20, 128, 4, 32),
+        (64, 20, 128, 4, 32),
+        (200, 20, 64, 4, 32),
+        (16, 20, 1500, 4, 32),
+    ),
+    "cuda": ((16, 20, 4096, 32, 128),),
+}
+# batch, keys held, heads, kv_heads, dim
+DECODE = {
+    "cpu": ((1, 4096, 8, 2, 64), (16, 1024, 8, 2, 64), (64, 128, 8, 2, 64)),
+    "cuda": ((32, 4096, 32, 8, 128), (1, 1024, 32, 4, 128)),
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+RIVALS = {
+    "cpu": {"SDPA": None},
+    "cuda": {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION},
+}
+
+
+def rivals(device):
+    """SDPA with each of its back ends."""
+
+    def with_backend(backend):
+        def run(*tensors, **options):
+            with nullcontext() if backend is None else sdpa_kernel(backend):
+                return sdpa(*tensors, **options)
+
+        return run
+
+    return {name: with_backend(backend) for name, backend in RIVALS[device].items()}
 
 
 def trains(f, leaves, grad):
@@ -27,8 +69,8 @@ def trains(f, leaves, grad):
     return lambda: torch.autograd.grad(f(), leaves, grad)
 
 
-def both_passes(name, dtype, ours, theirs, rival, flops, bytes_forward):
-    """Cases for the forward alone and with the backward; ours and theirs are (f, leaves, grad)."""
+def both_passes(name, dtype, passes, flops, bytes_forward):
+    """Cases for the forward alone and with the backward; each of `passes` is (f, leaves, grad)."""
 
     def alone(f):
         def run():
@@ -39,9 +81,9 @@ def both_passes(name, dtype, ours, theirs, rival, flops, bytes_forward):
 
     # Backward: two products of the forward again as five, so 2.5 times its FLOPs; it reads q, k, v,
     # out, dout and writes three gradients: twice the forward's four tensors.
-    variants = {"ours": alone(ours[0]), rival: alone(theirs[0])}
+    variants = {variant: alone(f) for variant, (f, _, _) in passes.items()}
     yield Case(name, dtype, "fwd", variants, bytes=bytes_forward, flops=flops)
-    variants = {"ours": trains(*ours), rival: trains(*theirs)}
+    variants = {variant: trains(*each) for variant, each in passes.items()}
     yield Case(name, dtype, "fwd+bwd", variants, bytes=3 * bytes_forward, flops=3.5 * flops)
 
 
@@ -62,24 +104,23 @@ def dense(shape, dtype, device):
     # Two products of 2 FLOPs over half of the square of pairs.
     flops = 2.0 * batch * heads * tokens**2 * dim
     size = 2 * batch * tokens * (heads + kv_heads) * dim * grad.element_size()
-    yield from both_passes(
-        f"B{batch} H{heads}/{kv_heads} T{tokens} D{dim}",
-        dtype,
-        (lambda: attention(*leaves), leaves, grad),
-        (lambda: sdpa(*theirs, **options), theirs, heads_first(grad).detach()),
-        "SDPA, contiguous",
-        flops,
-        size,
-    )
+    their_grad = heads_first(grad).detach()
+    passes = {"ours": (lambda: attention(*leaves), leaves, grad)}
+    for name, f in rivals(device).items():
+        passes[f"{name}, contiguous"] = (lambda f=f: f(*theirs, **options), theirs, their_grad)
+    name = f"B{batch} H{heads}/{kv_heads} T{tokens} D{dim}"
+    yield from both_passes(name, dtype, passes, flops, size)
 
 
-def packed(batch, shortest, longest, dtype, device, heads=4, dim=32):
+def packed(shape, dtype, device):
+    batch, shortest, longest, heads, dim = shape
     kind = DTYPES[dtype]
+    fixed = torch.Generator().manual_seed(0)
     if longest > 1000:  # lognormal: about half of the padded batch is padding
-        lengths = torch.randn(batch).mul(0.7).exp()
+        lengths = torch.randn(batch, generator=fixed).mul(0.7).exp()
         lengths = (lengths / lengths.max() * longest).clamp(min=shortest).int()
     else:
-        lengths = torch.randint(shortest, longest + 1, (batch,))
+        lengths = torch.randint(shortest, longest + 1, (batch,), generator=fixed)
     most, total = int(lengths.max()), int(lengths.sum())
     cu = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int().to(device)
 
@@ -88,23 +129,28 @@ def packed(batch, shortest, longest, dtype, device, heads=4, dim=32):
 
     leaves = [leaf(total, heads, dim) for _ in range(3)]
     theirs = [leaf(batch, heads, most, dim) for _ in range(3)]
-    yield from both_passes(
-        f"B{batch} H{heads} D{dim} lengths {shortest}..{longest}",
-        dtype,
-        (
+    their_grad = torch.randn_like(theirs[0])
+    passes = {
+        "ours": (
             lambda: attention_varlen(*leaves, cu, cu, max_seqlen_q=most, max_seqlen_k=most),
             leaves,
             torch.randn_like(leaves[0]),
-        ),
-        (lambda: sdpa(*theirs, is_causal=True), theirs, torch.randn_like(theirs[0])),
-        "SDPA, padded",
+        )
+    }
+    for name, f in rivals(device).items():
+        passes[f"{name}, padded"] = (lambda f=f: f(*theirs, is_causal=True), theirs, their_grad)
+    yield from both_passes(
+        f"B{batch} H{heads} D{dim} lengths {shortest}..{longest}",
+        dtype,
+        passes,
         2.0 * heads * dim * float(lengths.double().square().sum()),  # as dense, per sequence
         4 * total * heads * dim * leaves[0].element_size(),
     )
 
 
-def decode(batch, held, dtype, device, heads=8, kv_heads=2, dim=64, size=16):
+def decode(shape, dtype, device, size=16):
     """One token for each of `batch` sequences. The rival has its keys side by side already."""
+    batch, held, heads, kv_heads, dim = shape
     kind = DTYPES[dtype]
     blocks = -(-(held + 1) // size)
     caches = [
@@ -120,25 +166,25 @@ def decode(batch, held, dtype, device, heads=8, kv_heads=2, dim=64, size=16):
     def ours():
         return attention_paged_(q, *caches, table, seqlens, cu, k_new=new[0], v_new=new[1])
 
-    def theirs():
+    def theirs(f):
         with torch.no_grad():
-            return sdpa(q[:, :, None], keys[0], keys[1], enable_gqa=True)
+            return f(q[:, :, None], keys[0], keys[1], enable_gqa=True)
 
+    variants = {"ours": ours}
+    for name, f in rivals(device).items():
+        variants[f"{name}, dense"] = lambda f=f: theirs(f)
     yield Case(
         f"decode B{batch} H{heads}/{kv_heads} S{held} D{dim}",
         dtype,
         "fwd",
-        {"ours": ours, "SDPA, dense": theirs},
+        variants,
         bytes=2.0 * batch * held * kv_heads * dim * q.element_size(),  # the caches, read once
         flops=4.0 * batch * heads * held * dim,
     )
 
 
 def cases(device: str) -> Iterator[Case]:
-    for dtype in DTYPES:
-        for shape in DENSE:
-            yield from dense(shape, dtype, device)
-        for batch, shortest, longest in PACKED:
-            yield from packed(batch, shortest, longest, dtype, device)
-        for batch, held in ((1, 4096), (16, 1024), (64, 128)):
-            yield from decode(batch, held, dtype, device)
+    for dtype in DTYPES if device == "cpu" else ("bfloat16",):
+        for make, shapes in ((dense, DENSE), (packed, PACKED), (decode, DECODE)):
+            for shape in shapes[device]:
+                yield from make(shape, dtype, device)

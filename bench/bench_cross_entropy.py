@@ -6,11 +6,14 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from bench import Case
+from bench import Case, liger
 
 from instructcore.ops import cross_entropy
 
-SHAPES = ((1024, 32000), (512, 50257), (512, 50304), (256, 151936), (4000, 259))
+SHAPES = {
+    "cpu": ((1024, 32000), (512, 50257), (512, 50304), (256, 151936), (4000, 259)),
+    "cuda": ((8192, 50257), (8192, 151936), (8192, 32000)),
+}
 
 
 def step(loss_of, logits, targets):
@@ -20,7 +23,7 @@ def step(loss_of, logits, targets):
 
 def cases(device: str) -> Iterator[Case]:
     compiled = torch.compile(F.cross_entropy, dynamic=True)
-    for rows, vocab in SHAPES:
+    for rows, vocab in SHAPES[device]:
         for dtype in (torch.float32, torch.bfloat16):
             logits = torch.randn(rows, vocab, device=device).to(dtype).requires_grad_()
             targets = torch.randint(0, vocab, (rows,), device=device)
@@ -29,11 +32,17 @@ def cases(device: str) -> Iterator[Case]:
                 "F.cross_entropy": F.cross_entropy,
                 "torch.compile": compiled,
             }
+            variants = {
+                k: lambda f=f, x=logits, t=targets: step(f, x, t) for k, f in losses.items()
+            }
+            if f := liger("liger_cross_entropy"):  # which overwrites its logits
+                own = logits.detach().clone().requires_grad_()
+                variants["Liger"] = lambda f=f, x=own, t=targets: step(f, x, t)
             yield Case(
                 f"{rows} x {vocab}",
                 str(dtype).removeprefix("torch."),
                 "fwd+bwd",
-                {k: lambda f=f, x=logits, t=targets: step(f, x, t) for k, f in losses.items()},
+                variants,
                 # read the logits, write the gradient
                 bytes=2.0 * rows * vocab * dtype.itemsize,
             )

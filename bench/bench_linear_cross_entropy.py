@@ -6,11 +6,15 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from bench import Case
+from bench import Case, liger
 
 from instructcore.ops import linear_cross_entropy
 
-SHAPES = ((768, 259, 128), (2048, 4096, 256), (4000, 8192, 256), (1024, 32000, 512))
+SHAPES = {
+    "cpu": ((768, 259, 128), (2048, 4096, 256), (4000, 8192, 256), (1024, 32000, 512)),
+    "cuda": ((8192, 32000, 4096), (8192, 131072, 4096)),
+}
+DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 
 
 def in_torch(hidden, weight, targets):
@@ -29,13 +33,15 @@ def gemms(hidden, weight, grad):
 
 def cases(device: str) -> Iterator[Case]:
     compiled = torch.compile(in_torch, dynamic=True)
-    for rows, vocab, channels in SHAPES:
-        for dtype in (torch.float32, torch.bfloat16):
+    for rows, vocab, channels in SHAPES[device]:
+        for dtype in DTYPES[device]:
             hidden = torch.randn(rows, channels, device=device).to(dtype)
             weight = (torch.randn(vocab, channels, device=device) / channels**0.5).to(dtype)
             targets = torch.randint(0, vocab, (rows,), device=device)
             grad = torch.randn(rows, vocab, device=device).to(dtype)
             losses = {"ours": linear_cross_entropy, "torch": in_torch, "torch.compile": compiled}
+            if f := liger("liger_fused_linear_cross_entropy"):
+                losses["Liger"] = f
             leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
             variants = {k: lambda f=f, a=(*leaves, targets): step(f, *a) for k, f in losses.items()}
             variants["three GEMMs alone"] = lambda a=(hidden, weight, grad): gemms(*a)

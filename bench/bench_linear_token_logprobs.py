@@ -10,7 +10,11 @@ from bench import Case
 
 from instructcore.ops import linear_token_logprobs
 
-SHAPES = ((768, 259, 128), (2048, 4096, 256), (1024, 32000, 512))
+SHAPES = {
+    "cpu": ((768, 259, 128), (2048, 4096, 256), (1024, 32000, 512)),
+    "cuda": ((8192, 32000, 4096), (8192, 131072, 4096)),
+}
+DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 
 
 def in_torch(hidden, weight, targets):
@@ -39,8 +43,8 @@ def gemms(hidden, weight, grad):
 
 def cases(device: str) -> Iterator[Case]:
     compiled = torch.compile(in_torch, dynamic=True)
-    for rows, vocab, channels in SHAPES:
-        for dtype in (torch.float32, torch.bfloat16):
+    for rows, vocab, channels in SHAPES[device]:
+        for dtype in DTYPES[device]:
             hidden = torch.randn(rows, channels, device=device).to(dtype)
             weight = (torch.randn(vocab, channels, device=device) / channels**0.5).to(dtype)
             targets = torch.randint(0, vocab, (rows,), device=device)

@@ -30,8 +30,11 @@ def in_torch(scores, logprobs, ref_logprobs, values, mask, kl_coef, gamma, lambd
     return (advantages - mean) * torch.rsqrt(var + 1e-8) * mask, returns, rewards
 
 
+SHAPES = {"cpu": ((128, 40), (512, 1024)), "cuda": ((512, 1024), (4096, 1024))}
+
+
 def cases(device: str) -> Iterator[Case]:
-    for rows, steps in ((128, 40), (512, 1024)):
+    for rows, steps in SHAPES[device]:
         scores = torch.randn(rows, device=device)
         logprobs, ref_logprobs, values = torch.randn(3, rows, steps, device=device)
         lengths = torch.randint(1, steps + 1, (rows, 1), device=device)

@@ -9,9 +9,11 @@ from bench import Case
 
 from instructcore.ops import ppo_loss, ppo_loss_reference
 
+SHAPES = {"cpu": ((32, 40), (64, 1024)), "cuda": ((64, 1024), (4096, 1024))}
+
 
 def cases(device: str) -> Iterator[Case]:
-    for rows, steps in ((32, 40), (64, 1024)):
+    for rows, steps in SHAPES[device]:
         compiled = torch.compile(ppo_loss_reference, dynamic=False)
         shape = (rows, steps)
         logprobs, old, advantages, values, old_values, returns = torch.randn(6, *shape).to(device)

@@ -39,8 +39,14 @@ def torch_sample(logits, temperature, top_k=0, top_p=1.0):
 compiled = torch.compile(torch_sample)
 
 
+SHAPES = {
+    "cpu": ((128, 1024), (16, 32000), (8, 151936)),
+    "cuda": ((128, 151936), (512, 32000), (2048, 151936)),
+}
+
+
 def cases(device: str) -> Iterator[Case]:
-    for rows, vocab in ((128, 1024), (16, 32000), (8, 151936)):
+    for rows, vocab in SHAPES[device]:
         logits = 3 * torch.randn(rows, vocab, device=device)
         positions = torch.arange(rows, device=device)
         for name, settings in SETTINGS.items():

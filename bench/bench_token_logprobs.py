@@ -9,7 +9,10 @@ from bench import Case
 
 from instructcore.ops import token_logprobs
 
-SHAPES = ((1024, 32000), (512, 50257), (256, 151936), (4000, 259))
+SHAPES = {
+    "cpu": ((1024, 32000), (512, 50257), (256, 151936), (4000, 259)),
+    "cuda": ((8192, 50257), (8192, 151936)),
+}
 
 
 def in_torch(logits, targets):
@@ -20,7 +23,7 @@ def in_torch(logits, targets):
 
 def cases(device: str) -> Iterator[Case]:
     compiled = torch.compile(in_torch, dynamic=True)
-    for rows, vocab in SHAPES:
+    for rows, vocab in SHAPES[device]:
         for dtype in (torch.float32, torch.bfloat16):
             logits = torch.randn(rows, vocab, device=device).to(dtype)
             targets = torch.randint(0, vocab, (rows,), device=device)

@@ -2,10 +2,11 @@
 // tensor cores, the logits, and the one way in which a row's keys are folded.
 //
 // A row's bits depend on its own keys and their positions alone, so that training, prefill and
-// decode agree: tiles of 64 keys begin at multiples of 64 in the sequence; eight of them, a segment,
-// share a running maximum (online softmax); segments are joined in order. Which other rows a block
+// decode agree: folds of 32 keys begin at multiples of 32 in the sequence; sixteen of them, a
+// segment, share a running maximum (online softmax); segments are joined in order. Which other rows a block
 // holds, how a call cuts the queries, and whether segments are formed by one block or by several
-// makes no difference, nor do tiles in which a row sees nothing: e^0 and 0 are exact.
+// makes no difference, nor do folds in which a row sees nothing: e^0 and 0 are exact, and the end
+// takes -0 to 0.
 //
 // Layout of the products (mma m16n8k16): a warp holds kRowTiles x 16 rows. With g = lane / 4 and
 // c = 2 (lane % 4), accumulator x[i][j][2 h + b] is row 16 i + g + 8 h, column 8 j + c + b.
@@ -24,10 +25,10 @@ void attention_plain_backward_cuda(const AttentionBackwardArgs&, void* stream);
 int64_t attention_forward_workspace(const AttentionArgs&);
 int64_t attention_paged_workspace(const AttentionArgs&);
 
-constexpr int kKeyTile = 64;
-constexpr int kSegmentTiles = 8;
-constexpr int kSegment = kKeyTile * kSegmentTiles;
-constexpr int kKeyColumns = kKeyTile / 8;  // accumulators of a row tile of logits
+constexpr int kKeyTile = 64;  // keys that are loaded together
+constexpr int kFold = 32;     // keys that are folded together: their logits are in registers at once
+constexpr int kSegmentTiles = 8, kSegment = kKeyTile * kSegmentTiles;
+constexpr int kKeyColumns = kKeyTile / 8, kFoldColumns = kFold / 8;  // accumulators of a row tile
 constexpr float kLog2e = 0x1.715476p+0f, kLn2 = 0x1.62e430p-1f;
 constexpr float kMinusInf = -__builtin_inff();
 
@@ -72,57 +73,71 @@ IC_GPU bool aligned_rows(const AttentionTensor& t) {
 // there for all of them after cp_async_wait and a barrier.
 template <int kDim, int kRows, int kThreads, class Row>
 IC_GPU void load_tile(unsigned char* tile, int rows, int dim, bool aligned, const Row& row) {
-  constexpr int kChunks = kDim / 8;
+  constexpr int kChunks = kDim / 8, kStep = kThreads / kChunks;
+  static_assert(kThreads % kChunks == 0 && kRows % kStep == 0 && (kStep & (kStep - 1)) == 0);
+  if (aligned) {
+    const int first = static_cast<int>(threadIdx.x) / kChunks;
+    const int chunk = static_cast<int>(threadIdx.x) % kChunks;
+    const bool inside = chunk * 8 < dim;
+    const uint32_t to = smem_address(tile), own = chunk_offset<kDim>(first, chunk);
 #pragma unroll 4
+    for (int r = 0; r < kRows; r += kStep) {  // first < kStep has no bit in common with r
+      const bool real = inside && first + r < rows;
+      cp_async16(to + (own ^ ((r & 7) << 4)) + r * kDim * 2,
+                 row(real ? first + r : 0) + (inside ? chunk * 8 : 0), real);
+    }
+    return;
+  }
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < kRows * kChunks; i += kThreads) {
     const int r = i / kChunks, chunk = i % kChunks;
-    const bool real = r < rows && chunk * 8 < dim;
-    unsigned char* to = tile + chunk_offset<kDim>(r, chunk);
-    const uint16_t* from = real ? row(r) + chunk * 8 : nullptr;
-    if (aligned) {
-      cp_async16(smem_address(to), from, real);
-    } else {
-      uint16_t x[8];
+    uint32_t words[4] = {};
+    if (r < rows && chunk * 8 < dim) {
+      const uint16_t* from = row(r) + chunk * 8;
 #pragma unroll
-      for (int e = 0; e < 8; ++e) x[e] = real ? from[e] : uint16_t{0};
-      uint4 all;
-      memcpy(&all, x, sizeof all);
-      *reinterpret_cast<uint4*>(to) = all;
+      for (int w = 0; w < 4; ++w)
+        words[w] = from[2 * w] | static_cast<uint32_t>(from[2 * w + 1]) << 16;
     }
+    *reinterpret_cast<uint4*>(tile + chunk_offset<kDim>(r, chunk)) =
+        make_uint4(words[0], words[1], words[2], words[3]);
   }
 }
 
-// The address that a lane passes to ldmatrix_x4 for 16 rows from `row` on and the two chunks from
-// `chunk` on: of tiles (rows 0-7, chunk 0), (rows 8-15, chunk 0), (rows 0-7, chunk 1), (8-15, 1).
+// The address that a lane passes to ldmatrix_x4 for 16 rows from `row` (a multiple of 8) on and the
+// two chunks from `chunk` (even) on: of tiles (rows 0-7, chunk 0), (rows 8-15, chunk 0), (rows 0-7,
+// chunk 1), (8-15, 1). One exclusive or and one addition from what a lane knows.
 template <int kDim>
 IC_GPU uint32_t rows_then_chunks(uint32_t tile, int row, int chunk) {
   const int lane = lane_index();
-  return tile + chunk_offset<kDim>(row + lane % 16, chunk + lane / 16);
+  const uint32_t own = chunk_offset<kDim>(lane % 16, lane / 16);
+  return tile + static_cast<uint32_t>(row * kDim * 2) + (own ^ static_cast<uint32_t>(chunk << 4));
 }
 
 // The same with tiles (rows 0-7, chunk 0), (rows 0-7, chunk 1), (rows 8-15, chunk 0), (8-15, 1).
 template <int kDim>
 IC_GPU uint32_t chunks_then_rows(uint32_t tile, int row, int chunk) {
   const int lane = lane_index();
-  return tile + chunk_offset<kDim>(row + lane % 8 + lane / 16 * 8, chunk + lane / 8 % 2);
+  const uint32_t own = chunk_offset<kDim>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  return tile + static_cast<uint32_t>(row * kDim * 2) + (own ^ static_cast<uint32_t>(chunk << 4));
 }
 
 // ---- products
 
-// x += A B^T: A rows a_row .. of tile `a`, B the kKeyTile rows of tile `b`, over kDim.
-template <class T, int kDim, int kRowTiles>
-IC_GPU void multiply_rows(float (&x)[kRowTiles][kKeyColumns][4], uint32_t a, int a_row,
-                          uint32_t b) {
-#pragma unroll
+// x += A B^T: A the rows of tile `a` from a_row on, B 8 kColumns rows of tile `b` from b_row on, over
+// kDim.
+template <class T, int kDim, int kRowTiles, int kColumns>
+IC_GPU void multiply_rows(float (&x)[kRowTiles][kColumns][4], uint32_t a, int a_row, uint32_t b,
+                          int b_row = 0) {
+#pragma unroll 4  // more would take registers
   for (int k = 0; k < kDim / 16; ++k) {
     uint32_t rows[kRowTiles][4];
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
       ldmatrix_x4(rows[i], rows_then_chunks<kDim>(a, a_row + 16 * i, 2 * k));
 #pragma unroll
-    for (int j = 0; j < kKeyColumns / 2; ++j) {
+    for (int j = 0; j < kColumns / 2; ++j) {
       uint32_t columns[4];
-      ldmatrix_x4(columns, chunks_then_rows<kDim>(b, 16 * j, 2 * k));
+      ldmatrix_x4(columns, chunks_then_rows<kDim>(b, b_row + 16 * j, 2 * k));
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i) {
         mma_m16n8k16<T>(x[i][2 * j], rows[i], columns[0], columns[1]);
@@ -133,28 +148,29 @@ IC_GPU void multiply_rows(float (&x)[kRowTiles][kKeyColumns][4], uint32_t a, int
 }
 
 // Accumulators as the A operand of a product over their columns 16 k .. 16 k + 15.
-template <class T>
-IC_GPU void as_operand(uint32_t (&a)[4], const float (&x)[kKeyColumns][4], int k) {
+template <class T, int kColumns>
+IC_GPU void as_operand(uint32_t (&a)[4], const float (&x)[kColumns][4], int k) {
   a[0] = pack2<T>(x[2 * k][0], x[2 * k][1]);
   a[1] = pack2<T>(x[2 * k][2], x[2 * k][3]);
   a[2] = pack2<T>(x[2 * k + 1][0], x[2 * k + 1][1]);
   a[3] = pack2<T>(x[2 * k + 1][2], x[2 * k + 1][3]);
 }
 
-// o += P V: P rounded to T, V the kKeyTile rows of tile `v`, of which 8 kColumns elements from
-// chunk `first` on.
-template <class T, int kDim, int kRowTiles, int kColumns>
+// o += P V: P rounded to T, V 8 kKeys rows of tile `v` from v_row on, of which 8 kColumns elements
+// from chunk `first` on.
+template <class T, int kDim, int kRowTiles, int kColumns, int kKeys>
 IC_GPU void multiply_values(float (&o)[kRowTiles][kColumns][4],
-                            const float (&p)[kRowTiles][kKeyColumns][4], uint32_t v, int first) {
+                            const float (&p)[kRowTiles][kKeys][4], uint32_t v, int first,
+                            int v_row = 0) {
 #pragma unroll
-  for (int k = 0; k < kKeyTile / 16; ++k) {
+  for (int k = 0; k < kKeys / 2; ++k) {
     uint32_t rows[kRowTiles][4];
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) as_operand<T>(rows[i], p[i], k);
 #pragma unroll
     for (int j = 0; j < kColumns / 2; ++j) {
       uint32_t columns[4];
-      ldmatrix_x4_trans(columns, rows_then_chunks<kDim>(v, 16 * k, first + 2 * j));
+      ldmatrix_x4_trans(columns, rows_then_chunks<kDim>(v, v_row + 16 * k, first + 2 * j));
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i) {
         mma_m16n8k16<T>(o[i][2 * j], rows[i], columns[0], columns[1]);
@@ -188,60 +204,82 @@ IC_GPU bool any_not_finite(const unsigned char* tile) {
   return found != 0;
 }
 
-// multiply_values for a tile that is not finite everywhere: what is not counts as 0 for the rows
-// that do not see it and makes the others NaN. seen(i, h, column): whether row 16 i + g + 8 h sees
-// the key.
+// Before such a tile of values is multiplied: outputs whose row sees something not finite in their
+// column become NaN. first, first_key: of the tile's part that the outputs take, of its row 0.
 template <class T, int kDim, int kRowTiles, int kColumns, class Seen>
-IC_GPU void multiply_values_seen(float (&o)[kRowTiles][kColumns][4],
-                                 const float (&p)[kRowTiles][kKeyColumns][4], uint32_t v, int first,
-                                 const Seen& seen) {
-  constexpr uint32_t kOne = __is_same(T, BFloat16) ? 0x3f80u : 0x3c00u;
-  const int c = 2 * (lane_index() % 4);
+IC_GPU void mark_not_finite(float (&o)[kRowTiles][kColumns][4], const unsigned char* v, int first,
+                            int first_key, const Seen& seen, int rows = kKeyTile) {
 #pragma unroll 1
-  for (int k = 0; k < kKeyTile / 16; ++k) {
+  for (int row = 0; row < rows; ++row) {
+    const int key = first_key + row;
 #pragma unroll
-    for (int i = 0; i < kRowTiles; ++i) {
-      uint32_t rows[4], sees[4];
+    for (int j = 0; j < kColumns; ++j) {
+      const uint32_t bad = not_finite<T>(*reinterpret_cast<const uint32_t*>(
+          v + chunk_offset<kDim>(row, first + j) + lane_index() % 4 * 4));
+      if (bad == 0) continue;
 #pragma unroll
-      for (int n = 0; n < kKeyTile / 16; ++n)  // a register array takes no run-time index
-        if (n == k) as_operand<T>(rows, p[i], n);
-#pragma unroll
-      for (int part = 0; part < 4; ++part) {
-        const int column = 16 * k + part / 2 * 8 + c;
-        sees[part] = (seen(i, part % 2, column) ? kOne : 0u) |
-                     (seen(i, part % 2, column + 1) ? kOne << 16 : 0u);
-      }
-#pragma unroll
-      for (int j = 0; j < kColumns / 2; ++j) {
-        uint32_t columns[4], bad[4];
-        ldmatrix_x4_trans(columns, rows_then_chunks<kDim>(v, 16 * k, first + 2 * j));
+      for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          bad[e] = not_finite<T>(columns[e]);
-          columns[e] &= ~bad[e];
-          bad[e] &= kOne | kOne << 16;
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float count[4] = {};
-          mma_m16n8k16<T>(o[i][2 * j + half], rows, columns[2 * half], columns[2 * half + 1]);
-          mma_m16n8k16<T>(count, sees, bad[2 * half], bad[2 * half + 1]);
-#pragma unroll
-          for (int e = 0; e < 4; ++e)
-            if (count[e] > 0.0f) o[i][2 * j + half][e] = __int_as_float(0x7fffffff);
+          const bool sees = key >= seen.first(i, e / 2) && key < seen.end(i, e / 2);
+          if (sees && (e % 2 ? bad >> 16 : bad & 0xffffu))
+            o[i][j][e] = __int_as_float(0x7fffffff);
         }
       }
     }
   }
 }
 
+// Then all threads of the block, between barriers: what is not finite becomes 0.
+template <class T, int kDim, int kRows, int kThreads>
+IC_GPU void clear_not_finite(unsigned char* tile) {
+  uint32_t* words = reinterpret_cast<uint32_t*>(tile);
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < kRows * kDim / 2; i += kThreads)
+    words[i] &= ~not_finite<T>(words[i]);
+}
+
+// ---- packed sequences, without a word from the host
+
+// Tile `number` of a packed tensor's sequences, in tiles of `rows`: sequence b has the numbers from
+// cu[b] / rows + b on, at least as many as it has tiles. `tile` may lie past its sequence.
+struct PackedTile {
+  int64_t sequence, tile;
+
+  IC_GPU PackedTile(const int32_t* cu, int64_t sequences, int64_t rows, int64_t number)
+      : sequence(0) {
+    for (int64_t count = sequences; count > 1;) {
+      const int64_t half = count / 2, b = sequence + half;
+      if (cu[b] / rows + b <= number) {
+        sequence = b;
+        count -= half;
+      } else {
+        count = half;
+      }
+    }
+    tile = number - (cu[sequence] / rows + sequence);
+  }
+};
+
+// No more numbers than this; n is the tensor's tokens.
+inline int64_t packed_tiles(int64_t n, int64_t sequences, int64_t rows) {
+  return n / rows + sequences;
+}
+
 // ---- logits, in units of log 2
+
+// tanh within 2e-7. Without a branch: the logits of a tile are in registers all at once.
+IC_GPU float tanh_of(float x) {
+  const float e = exp2_approx(__fmul_rn(x, 2.0f * kLog2e));
+  return 1.0f - __fdividef(2.0f, e + 1.0f);
+}
 
 struct LogitRule {
   float scale;    // of q . k: plain, or what goes into tanh
   float softcap;  // 0: plain
   float slope;    // a key
 
+  LogitRule() = default;
   IC_GPU LogitRule(const AttentionArgs& a, int64_t sequence, int64_t head) {
     softcap = a.softcap * kLog2e;
     scale = a.softcap > 0.0f ? a.scale / a.softcap : a.scale * kLog2e;
@@ -251,55 +289,72 @@ struct LogitRule {
   // Every product rounds by itself: what the compiler fuses must not depend on the kernel.
   IC_GPU float capped(float product) const {
     const float x = __fmul_rn(product, scale);
-    return softcap > 0.0f ? __fmul_rn(softcap, tanhf(x)) : x;
+    return softcap > 0.0f ? __fmul_rn(softcap, tanh_of(x)) : x;
   }
-  IC_GPU float logit(float product, int64_t distance) const {
+  IC_GPU float logit(float product, int distance) const {
     return fmaf(-slope, fabsf(static_cast<float>(distance)), capped(product));
   }
 };
 
-// What a thread's rows see: keys first .. end - 1, from key 0 of the sequence on.
-template <int kRowTiles>
+// Where a thread's rows stand: row 16 i + g + 8 h of its warp at position(i, h), seeing keys first ..
+// end - 1 of the sequence. For one head at a time, rows being queries.
 struct RowsSeen {
-  int first[kRowTiles][2], end[kRowTiles][2];
+  int position0, left, right, keys;  // position0: of row g
 
-  // Rows from `row` on; those past the sequence see nothing.
-  IC_GPU RowsSeen(const AttentionSequence& s, int64_t row) {
+  IC_GPU RowsSeen(const AttentionSequence& s, int64_t row)
+      : position0(static_cast<int>(s.position0 + row) + lane_index() / 4),
+        left(static_cast<int>(s.left < kFar ? s.left : kFar)),
+        right(static_cast<int>(s.right < kFar ? s.right : kFar)),
+        keys(static_cast<int>(s.keys)) {}
+  IC_GPU int position(int i, int h) const { return position0 + 16 * i + 8 * h; }
+  IC_GPU int first(int i, int h) const { return position(i, h) - left; }
+  IC_GPU int end(int i, int h) const { return min(keys, position(i, h) + right + 1); }
+
+ private:
+  static constexpr int kFar = 1 << 30;
+};
+
+// The same for rows that take the heads of a group together. Rows past the sequence see nothing.
+struct GroupedRowsSeen {
+  int at[2], from[2], to[2];
+
+  IC_GPU GroupedRowsSeen(const AttentionSequence& s, int64_t row) {
 #pragma unroll
-    for (int i = 0; i < kRowTiles; ++i) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int64_t r = row + 16 * i + 8 * h + lane_index() / 4;
-        const bool real = r < s.rows();
-        first[i][h] = real ? static_cast<int>(s.first_seen(r)) : 0;
-        end[i][h] = real ? static_cast<int>(s.end_seen(r)) : 0;
-      }
+    for (int h = 0; h < 2; ++h) {
+      const int64_t r = row + 8 * h + lane_index() / 4;
+      const bool real = r < s.rows();
+      at[h] = static_cast<int>(s.position(r));
+      from[h] = real ? static_cast<int>(s.first_seen(r)) : 0;
+      to[h] = real ? static_cast<int>(s.end_seen(r)) : 0;
     }
   }
-  IC_GPU bool sees(int i, int h, int key) const { return key >= first[i][h] && key < end[i][h]; }
+  IC_GPU int position(int, int h) const { return at[h]; }
+  IC_GPU int first(int, int h) const { return from[h]; }
+  IC_GPU int end(int, int h) const { return to[h]; }
 };
 
 // Products become logits; hidden ones, where `partial`, become -inf whatever they are.
-template <int kRowTiles>
-IC_GPU void to_logits(float (&x)[kRowTiles][kKeyColumns][4], const LogitRule& rule,
-                      const AttentionSequence& s, int64_t row, int first_key, bool partial,
-                      const RowsSeen<kRowTiles>& seen) {
-  const int c = 2 * (lane_index() % 4);
+template <int kRowTiles, int kColumns, class Seen>
+IC_GPU void to_logits(float (&x)[kRowTiles][kColumns][4], const LogitRule& rule, int first_key,
+                      bool partial, const Seen& seen) {
+  const int key = first_key + 2 * (lane_index() % 4);
   const bool plain = rule.plain();
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int64_t r = row + 16 * i + 8 * h + lane_index() / 4;
-      const int64_t past = plain ? 0 : s.position(r) - (first_key + c);
+      const int distance = seen.position(i, h) - key;
 #pragma unroll
-      for (int j = 0; j < kKeyColumns; ++j) {
+      for (int e = 0; e < 2 * kColumns; ++e) {
+        float& y = x[i][e / 2][2 * h + e % 2];
+        y = plain ? __fmul_rn(y, rule.scale) : rule.logit(y, distance - 8 * (e / 2) - e % 2);
+      }
+      if (!partial) continue;
+      const int first = seen.first(i, h) - key, end = seen.end(i, h) - key;
 #pragma unroll
-        for (int b = 0; b < 2; ++b) {
-          float& y = x[i][j][2 * h + b];
-          y = plain ? __fmul_rn(y, rule.scale) : rule.logit(y, past - 8 * j - b);
-          if (partial && !seen.sees(i, h, first_key + 8 * j + c + b)) y = kMinusInf;
-        }
+      for (int e = 0; e < 2 * kColumns; ++e) {
+        const int at = 8 * (e / 2) + e % 2;
+        if (at < first || at >= end) x[i][e / 2][2 * h + e % 2] = kMinusInf;
       }
     }
   }
@@ -335,10 +390,10 @@ struct RowFold {
 // A maximum to subtract: of a row that has seen nothing, 0.
 IC_GPU float finite_or_zero(float max) { return max == kMinusInf ? 0.0f : max; }
 
-// Logits of one more tile become weights against the new maximum; `keep` is what the sums so far
+// Logits of kFold more keys become weights against the new maximum; `keep` is what the sums so far
 // are to be multiplied by.
 template <int kRowTiles>
-IC_GPU void fold_tile(RowFold<kRowTiles>& fold, float (&x)[kRowTiles][kKeyColumns][4],
+IC_GPU void fold_keys(RowFold<kRowTiles>& fold, float (&x)[kRowTiles][kFoldColumns][4],
                       float (&keep)[kRowTiles][2]) {
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i) {
@@ -346,7 +401,7 @@ IC_GPU void fold_tile(RowFold<kRowTiles>& fold, float (&x)[kRowTiles][kKeyColumn
     for (int h = 0; h < 2; ++h) {
       float top = fold.max[i][h];
 #pragma unroll
-      for (int j = 0; j < kKeyColumns; ++j)
+      for (int j = 0; j < kFoldColumns; ++j)
         top = fmaxf(top, fmaxf(x[i][j][2 * h], x[i][j][2 * h + 1]));
       top = fmaxf(top, shuffle_xor(top, 1));
       top = fmaxf(top, shuffle_xor(top, 2));
@@ -355,7 +410,7 @@ IC_GPU void fold_tile(RowFold<kRowTiles>& fold, float (&x)[kRowTiles][kKeyColumn
       fold.max[i][h] = top;
       float sum = 0.0f;
 #pragma unroll
-      for (int j = 0; j < kKeyColumns; ++j) {
+      for (int j = 0; j < kFoldColumns; ++j) {
 #pragma unroll
         for (int b = 0; b < 2; ++b) {
           float& y = x[i][j][2 * h + b];
@@ -368,8 +423,13 @@ IC_GPU void fold_tile(RowFold<kRowTiles>& fold, float (&x)[kRowTiles][kKeyColumn
   }
 }
 
+// The sums so far against the new maxima. Mostly these are the old ones: a warp looks first.
 template <int kRowTiles, int kColumns>
 IC_GPU void scale_rows(float (&o)[kRowTiles][kColumns][4], const float (&factor)[kRowTiles][2]) {
+  bool changed = false;
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i) changed |= factor[i][0] != 1.0f || factor[i][1] != 1.0f;
+  if (!__any_sync(kAllLanes, changed)) return;
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
@@ -392,7 +452,7 @@ struct FoldJoin {
   IC_GPU float operator()(float x, float y) const { return fmaf(x, a, __fmul_rn(y, b)); }
 };
 
-// The end of a row: what its weighted values are to be multiplied by, and its lse.
+// The end of a row: its weighted values become its output; and its lse.
 struct RowEnd {
   float factor, lse;
 
@@ -409,6 +469,7 @@ struct RowEnd {
     factor = keep / sum;
     lse = (top + log2f(sum)) * kLn2;
   }
+  IC_GPU float operator()(float x) const { return fmaf(x, factor, 0.0f); }
 };
 
 }  // namespace ic

@@ -63,7 +63,7 @@ void check_cu_seqlens(const char* op, const TensorView& cu_seqlens, int64_t n) {
 
 // The ops that have CUDA kernels.
 [[maybe_unused]] constexpr const char* kCudaOps[] = {
-    "attention", "cross_entropy", "gae", "ppo_advantage", "ppo_loss", "token_logprobs"};
+    "attention", "cross_entropy", "gae", "ppo_advantage", "ppo_loss", "sample", "token_logprobs"};
 
 // Runs the kernel of `where`'s device without the GIL; a CUDA kernel on that device and torch's current stream
 // of it. `cuda` is null where there is none.
@@ -612,7 +612,7 @@ void sample(TensorView logits, OptionalView bias, OptionalView generated, Option
   args.padded_vocab = workspace.size(2);
   args.dtype = logits.dtype();
   args.threads = threads;
-  run("sample", logits, ic::sample_cpu, nullptr, args);
+  run("sample", logits, ic::sample_cpu, CUDA_KERNEL(sample_cuda), args);
 }
 
 std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {

@@ -43,7 +43,8 @@ struct SampleArgs {
   Control<int64_t> top_k, seed, position;
   int64_t* tokens;                     // (N,)
   float *logprobs, *sampled_logprobs;  // (N,)
-  float* workspace;                    // (slots, 3, padded_vocab): values, weights, adjusted logits
+  // On the CPU (slots, 3, padded_vocab): values, weights, adjusted logits. On CUDA nothing.
+  float* workspace;
   int64_t slots, padded_vocab;         // padded_vocab: V up to a multiple of 16
   Dtype dtype;
   int threads;
@@ -74,5 +75,6 @@ IC_HOST_DEVICE void philox4x32(Word (&counter)[4], uint32_t key0, uint32_t key1)
 }
 
 IC_CPU_KERNEL(sample_cpu, SampleArgs)
+void sample_cuda(const SampleArgs&, void* stream);
 
 }  // namespace ic

@@ -29,11 +29,17 @@ def pytest_addoption(parser):
     parser.addoption(
         "--emulator", choices=emulated.FLAVOURS, default="fast", help="build of the emulated tests"
     )
+    parser.addoption(
+        "--broken", default="", metavar="OP:CSRC", help="an op's emulated kernels from elsewhere"
+    )
     parser.addoption("--seed", type=int, default=0, help="of the emulated threads' schedule")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "big: a case too long for the emulator")
+    config.addinivalue_line(
+        "markers", "kernel(op): whose CUDA kernel it takes, where the file's name does not say"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
@@ -53,6 +59,10 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if wanted(item)]
 
 
+def emulated_module(config):
+    return emulated.load(config.getoption("--emulator"), config.getoption("--broken"))
+
+
 @pytest.fixture
 def full(request) -> bool:
     return request.config.getoption("--full")
@@ -61,7 +71,9 @@ def full(request) -> bool:
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch) -> str:
     """Who runs the kernels: the CPU's, CUDA's on the emulator, or CUDA's on a GPU."""
-    op = request.path.stem.removeprefix("test_").removeprefix("linear_")
+    marked = request.node.get_closest_marker("kernel")
+    op = marked.args[0] if marked else request.path.stem.removeprefix("test_")
+    op = op.removeprefix("linear_")
     if request.param == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
@@ -72,7 +84,7 @@ def backend(request, monkeypatch) -> str:
             if os.environ.get("INSTRUCTCORE_REQUIRE_EMULATOR"):
                 pytest.fail(reason)
             pytest.skip(reason)
-        module = emulated.load(request.config.getoption("--emulator"))
+        module = emulated_module(request.config)
         if op not in module.build_info()["cuda_ops"]:
             pytest.skip(f"there is no CUDA kernel for {op}")
         module.set_schedule("random", "late", request.config.getoption("--seed"))
@@ -115,8 +127,7 @@ def threads(request):
         torch.set_num_threads(n)
         if backend == "emulated":
             order = {1: "first", 2: "last"}.get(n, "random")
-            module = emulated.load(request.config.getoption("--emulator"))
-            module.set_schedule(order, "random", n)
+            emulated_module(request.config).set_schedule(order, "random", n)
 
     yield choose
     torch.set_num_threads(before)

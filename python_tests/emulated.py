@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -68,9 +69,11 @@ def environment(flavour: str) -> dict[str, str]:
 
 
 @functools.cache
-def load(flavour: str = "fast") -> ModuleType:
-    """The emulated `_C`, built if need be."""
-    path = build_module(flavour)
+def load(flavour: str = "fast", broken: str = "") -> ModuleType:
+    """The emulated `_C`, built if need be. `broken`: "op:csrc", that op's kernels come from
+    other sources."""
+    op, _, csrc = broken.partition(":")
+    path = build_module(flavour, {f"{op}.cu": Path(csrc)} if op else {})
     loader = importlib.machinery.ExtensionFileLoader("_C", str(path))
     spec = importlib.util.spec_from_file_location("_C", path, loader=loader)
     module = importlib.util.module_from_spec(spec)
@@ -78,24 +81,24 @@ def load(flavour: str = "fast") -> ModuleType:
     return module
 
 
-def build_module(flavour: str = "fast", csrc: Path = CSRC) -> Path:
+def build_module(flavour: str, elsewhere: dict[str, Path]) -> Path:
+    """`elsewhere`: the csrc of those kernels that are not to come from CSRC."""
     kernels, runtime, link = FLAVOURS[flavour]
     import pybind11
 
     python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    sanitized = SANITIZE if flavour == "asan" else []
-    objects = [_object(csrc, name, ["-x", "c++", *kernels]) for name in KERNELS]
-    objects += [_object(csrc, name, runtime) for name in EMULATOR]
-    objects += [_object(csrc, name, ["-O1", *python, *sanitized]) for name in MODULE]
-    return _link(objects, ["-shared", *link], "_C.so")
+    sources = [(CSRC, name, ["-O1", *python]) for name in MODULE]  # one object for all flavours
+    sources += [(elsewhere.get(name, CSRC), name, ["-x", "c++", *kernels]) for name in KERNELS]
+    sources += [(CSRC, name, runtime) for name in EMULATOR]
+    return _link(_objects(sources), ["-shared", *link], "_C.so")
 
 
-def build_program(flavour: str, source: str, csrc: Path = CSRC, kernels: tuple = ()) -> Path:
-    """An executable of one .cu file with a main(), and perhaps kernels of the package."""
+def build_program(flavour: str, source: str) -> Path:
+    """An executable of one .cu file with a main()."""
     flags, runtime, link = FLAVOURS[flavour]
-    objects = [_object(csrc, name, ["-x", "c++", *flags]) for name in (source, *kernels)]
-    objects += [_object(csrc, name, runtime) for name in EMULATOR]
-    return _link(objects, ["-rdynamic", *link], Path(source).stem)
+    sources = [(CSRC, source, ["-x", "c++", *flags])]
+    sources += [(CSRC, name, runtime) for name in EMULATOR]
+    return _link(_objects(sources), ["-rdynamic", *link], Path(source).stem)
 
 
 def _compiler() -> str:
@@ -116,6 +119,11 @@ def _with_includes(path: Path, csrc: Path, seen: dict[Path, bytes]) -> dict[Path
             for folder in (path.parent, csrc):
                 _with_includes((folder / name.decode()).resolve(), csrc, seen)
     return seen
+
+
+def _objects(sources: list[tuple[Path, str, list[str]]]) -> list[Path]:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # a compiler is a process of its own
+        return list(pool.map(lambda source: _object(*source), sources))
 
 
 def _object(csrc: Path, source: str, flags: list[str]) -> Path:

@@ -116,6 +116,70 @@ def test_matches_reference_in_every_dtype_and_layout(device, dtype, shape, layou
         check_forward(*inputs(shape, dtype, device, layout), settings(name, shape, device))
 
 
+# What the tensor cores' kernels add: padded head dims, several tiles and segments of keys.
+SHAPES_16 = {
+    (1, 300, 300, 2, 1, 64): "tiles of rows and keys, odd",
+    (1, 40, 1100, 2, 1, 80): "three segments of keys, a head dim that is padded",
+    (2, 33, 70, 2, 2, 128): "no padding",
+    (1, 70, 90, 1, 1, 200): "one warp's rows and more, the largest padded head dim",
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("shape", [*SHAPES, *SHAPES_16], ids=str)
+def test_matches_reference_in_16_bits(device, shape, name):
+    dtype = torch.float16 if shape[0] == 2 else torch.bfloat16
+    check_forward(*inputs(shape, dtype, device), settings(name, shape, device))
+
+
+def test_same_bits_in_16_bits(device, threads):
+    """A query's bits come from its own keys alone: across tiles and segments of them too."""
+    q, k, v = inputs((2, 600, 600, 4, 2, 64), torch.bfloat16, device)
+    full, full_lse = attention(q, k, v, return_lse=True)
+    for t in (0, 31, 32, 63, 64, 511, 512, 599):
+        step, lse = attention(q[:, t : t + 1], k[:, : t + 1], v[:, : t + 1], return_lse=True)
+        assert_same_bits(step, full[:, t : t + 1])
+        assert_same_bits(lse, full_lse[..., t : t + 1])
+    assert_same_bits(full[:, 450:577], attention(q[:, 450:577], k[:, :577], v[:, :577]))
+    assert_same_bits(full[1:], attention(q[1:], k[1:], v[1:]))
+    repeated = attention(q, *(x.repeat_interleave(2, dim=2) for x in (k, v)))
+    assert_same_bits(full, repeated)
+    assert_same_bits(full, attention(q, k, v, window=(600, 600)))
+    assert_same_bits(full[:, 0], v[:, 0].repeat_interleave(2, dim=1))
+    # Packed, with a stranger before and after.
+    packs = [torch.cat([x[0, :77], x[1], x[0, :5]]) for x in (q, k, v)]
+    cu = torch.tensor([0, 77, 677, 680], dtype=torch.int32, device=device)
+    threads(2)
+    out, lse = attention_varlen(*packs, cu, cu, return_lse=True)
+    assert_same_bits(out[77:677], full[1])
+    assert_same_bits(lse[:, 77:677], full_lse[1])
+    assert out[680:].eq(0).all() and lse[:, 680:].eq(-torch.inf).all()
+
+
+@pytest.mark.parametrize("poison", [NAN, float("inf")])
+def test_hidden_values_do_not_leak_in_16_bits(device, poison):
+    q, k, v = inputs((1, 150, 150, 2, 1, 64), torch.bfloat16, device)
+    clean = attention(q, k, v)
+    for x in (q, k, v):
+        dirty = x.clone()
+        dirty[:, 70:] = poison
+        parts = [dirty if y is x else y for y in (q, k, v)]
+        out = attention(*parts)
+        assert_same_bits(out[:, :70], clean[:, :70])
+        assert not out[:, 70:].isfinite().any()
+    clean = attention(q, k, v, window=(30, 0))
+    for x in (k, v):
+        dirty = x.clone()
+        dirty[:, :10] = poison
+        out = attention(*(dirty if y is x else y for y in (q, k, v)), window=(30, 0))
+        assert_same_bits(out[:, 40:], clean[:, 40:])
+    # A NaN is seen in its own column, by those who see its key.
+    v[0, 100, 0, 5] = NAN
+    out = attention(q, k, v)
+    assert out[0, 100:, :, 5].isnan().all() and out[0, :100].isfinite().all()
+    assert out[0, 100:, :, 6:].isfinite().all()
+
+
 def gradients(op, q, k, v, options, grad_out, grad_lse, more=()):
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     leaves = [q, k, v]

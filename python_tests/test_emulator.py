@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import emulated
 import pytest
@@ -42,8 +43,8 @@ def compiler():
         pytest.skip(reason)
 
 
-def run(case: str, variant: str, schedule: tuple, flavour: str, csrc: Path = emulated.CSRC) -> str:
-    program = emulated.build_program(flavour, "emulator/bugs.cu", csrc, kernels=("gae.cu",))
+def run(case: str, variant: str, schedule: tuple, flavour: str) -> str:
+    program = emulated.build_program(flavour, "emulator/bugs.cu")
     done = subprocess.run(
         [program, case, variant, *map(str, schedule)],
         capture_output=True,
@@ -64,7 +65,7 @@ def test_sees_the_mistake(case, schedule):
 
 
 @pytest.mark.parametrize("flavour", emulated.FLAVOURS)
-@pytest.mark.parametrize("case", [*BUGS, "chain", "gae"])
+@pytest.mark.parametrize("case", [*BUGS, "chain"])
 def test_accuses_nothing_right(case, flavour):
     for schedule in SCHEDULES:
         assert run(case, "fixed", schedule, flavour) == "ok"
@@ -100,63 +101,106 @@ def test_primitives_keep_their_promises_cuda(tmp_path):
     assert done.stdout.strip() == "ok", done.stdout + done.stderr
 
 
-# A mistake in gae: (file, what is there, what is put in its place, the flavour and what it says).
-GAE_BUGS = {
-    "flag_not_waited_for": (
-        "gae_scan.cuh",
-        "    wait_for_flag(&tile->ready, 1);\n",
-        "",
-        "fast",
-        "wrong values",
+class KernelBug(NamedTuple):
+    """A mistake in an op's kernels, and the op's test that must see it."""
+
+    op: str
+    file: str
+    there: str  # in the file; each occurrence is replaced
+    instead: str
+    flavour: str
+    test: str  # as -k selects it
+    says: str  # a regular expression
+
+
+WRONG = r"AssertionError|assert False"
+KERNEL_BUGS = {
+    "flag_not_waited_for": KernelBug(
+        *("gae", "gae_scan.cuh", "    wait_for_flag(&tile->ready, 1);\n", ""),
+        *("fast", "test_long_rows", WRONG),
     ),
-    "no_ticket": (
-        "gae_tiles.cuh",
-        "kChained ? draw_ticket(workspace.ticket) : blockIdx.x",
-        "blockIdx.x",
-        "fast",
-        "deadlock: wait_for_flag",
+    "no_ticket": KernelBug(
+        *("gae", "gae_tiles.cuh", "kChained ? draw_ticket(workspace.ticket) : blockIdx.x"),
+        *("blockIdx.x", "fast", "test_long_rows", "deadlock: wait_for_flag"),
     ),
-    "stage_read_too_early": (
-        "gae_tiles.cuh",
-        ": kGaeNoStep);\n  }\n  __syncwarp();\n",
-        ": kGaeNoStep);\n  }\n",
-        "check",
-        "shared memory",
+    "stage_read_too_early": KernelBug(
+        *("gae", "gae_tiles.cuh", ": kGaeNoStep);\n  }\n  __syncwarp();\n"),
+        *(": kGaeNoStep);\n  }\n", "check", "test_packed", "shared memory"),
     ),
-    "past_the_last_position": (
-        "gae_tiles.cuh",
-        "    if (position >= count) continue;\n",
-        "    if (position > count) continue;\n",
-        "asan",
-        "heap-buffer-overflow",
+    "past_the_last_position": KernelBug(
+        *("gae", "gae_tiles.cuh", "    if (position >= count) continue;\n"),
+        *("    if (position > count) continue;\n", "asan", "test_matches", "heap-buffer-overflow"),
+    ),
+    "true_class_written_too_early": KernelBug(
+        *(
+            "cross_entropy",
+            "cross_entropy.cu",
+            "  __syncthreads();\n  if (threadIdx.x == 0 && known)",
+        ),
+        *("  if (threadIdx.x == 0 && known)", "fast", "test_gradients", WRONG),
+    ),
+    "tail_not_cut": KernelBug(
+        *("token_logprobs", "softmax_row.cuh", "if (i + v * step + kItems > n)"),
+        *("if (i + v * step > n)", "fast", "test_matches", WRONG),
+    ),
+    "last_vector_not_searched": KernelBug(
+        *("token_logprobs", "softmax_row.cuh", "v < kRowVectors; ++v) {\n      const int64_t i ="),
+        *("v < kRowVectors - 1; ++v) {\n      const int64_t i =", "fast", "test_matches", WRONG),
+    ),
+    "score_paid_a_step_early": KernelBug(
+        *("ppo_advantage", "ppo_advantage.cu", "(__ffs(static_cast<int>(unmasked)) - 1)"),
+        *("__ffs(static_cast<int>(unmasked))", "fast", "test_matches", WRONG),
+    ),
+    "sums_read_too_early": KernelBug(
+        *("ppo_loss", "ppo_loss.cu", "  __syncthreads();\n  if (threadIdx.x >= kPpoSums)"),
+        *("  if (threadIdx.x >= kPpoSums)", "check", "test_packed", "shared memory"),
+    ),
+    "ties_read_too_early": KernelBug(
+        *("sample", "sample.cu", "] = count;\n  __syncthreads();\n", "] = count;\n"),
+        *("check", "test_truncations and ties", "shared memory"),
+    ),
+    "no_second_draw": KernelBug(
+        *("sample", "sample.cu", "if (best > draw.bar || draw.bar == kMinusInf)\n", ""),
+        *("fast", "test_noise_far_below", WRONG),
+    ),
+    "bracket_below_the_least": KernelBug(
+        *("sample", "sample.cu", "below >= s.least && below < high", "below < high"),
+        *("fast", "test_matches", WRONG),
     ),
 }
 
 
-@pytest.mark.parametrize("bug", GAE_BUGS)
-def test_sees_a_mistake_in_gae(bug, tmp_path):
-    file, there, instead, flavour, message = GAE_BUGS[bug]
+def run_tests(modules: list[str], selection: str, flavour: str, *options: str):
+    """The tests of some modules in a process of their own, on a flavour of the emulator."""
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-qsx", "-p", "no:cacheprovider"]
+    return subprocess.run(
+        [*command, "-k", selection, f"--emulator={flavour}", *options]
+        + [str(here / name) for name in modules],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **emulated.environment(flavour)},
+        cwd=here.parent,
+    )
+
+
+@pytest.mark.parametrize("name", KERNEL_BUGS)
+def test_sees_a_mistake_in_a_kernel(name, tmp_path):
+    bug = KERNEL_BUGS[name]
     csrc = tmp_path / "csrc"
     shutil.copytree(emulated.CSRC, csrc)
-    text = (csrc / file).read_text()
-    assert text.count(there) >= 1, f"{file} has changed: choose another place to break"
-    (csrc / file).write_text(text.replace(there, instead))
-    said = [run("gae", "fixed", schedule, flavour, csrc) for schedule in SCHEDULES]
-    assert any(message in each for each in said), said
+    text = (csrc / bug.file).read_text()
+    assert bug.there in text, f"{bug.file} has changed: choose another place to break"
+    (csrc / bug.file).write_text(text.replace(bug.there, bug.instead))
+    selection = f"emulated and {bug.test}"
+    done = run_tests([f"test_{bug.op}.py"], selection, bug.flavour, f"--broken={bug.op}:{csrc}")
+    said = done.stdout + done.stderr
+    assert done.returncode != 0 and re.search(bug.says, said), said[-4000:]
 
 
 @pytest.mark.parametrize("flavour", ["check", "asan"])
 def test_kernels_are_clean(flavour):
     """The ops' own tests, on the builds that look at memory."""
     modules = [f"test_{op}.py" for op in emulated.load().build_info()["cuda_ops"]]
-    here = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    selection = ["-k", "emulated and not opcheck", f"--emulator={flavour}"]
-    done = subprocess.run(
-        [*command, *selection, *(str(here / name) for name in modules)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **emulated.environment(flavour)},
-        cwd=here.parent,
-    )
+    done = run_tests(modules, "emulated and not opcheck", flavour)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

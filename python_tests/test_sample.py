@@ -14,10 +14,19 @@ from instructcore.ops.sample import gumbel_reference, philox_reference
 SHAPES = {
     (1, 1): "nothing to choose",
     (3, 7): "less than a vector",
-    (97, 64): "whole vectors, more rows than slots",
+    (5, 64): "whole vectors",
+    (97, 64): "more rows than slots",
     (5, 1025): "one past whole vectors",
     (7, 50257): "GPT-2's vocabulary: many blocks, an odd end",
 }
+# A row is a block of threads, which costs the emulator a millisecond or two.
+FEW_ROWS = 20
+
+
+def by_rows(*values, rows=lambda value: value):
+    """Parameters, of which the emulator gets those of few rows."""
+    return [pytest.param(x, marks=pytest.mark.big if rows(x) > FEW_ROWS else ()) for x in values]
+
 
 # What is set, and why
 SETTINGS = {
@@ -87,8 +96,8 @@ def test_philox_known_answers(counter, key, words):
 
 def test_known_values(device):
     # Probabilities 1/8, 1/2, 1/4, 1/8.
-    logits = torch.tensor([[0.125, 0.5, 0.25, 0.125]], device=device).log().repeat(300, 1)
-    draws = {"seeds": 1, "positions": torch.arange(300, device=device)}
+    logits = torch.tensor([[0.125, 0.5, 0.25, 0.125]], device=device).log().repeat(80, 1)
+    draws = {"seeds": 1, "positions": torch.arange(80, device=device)}
 
     def kept(**settings):
         tokens, logprobs, drawn = sample(logits, **settings, **draws)
@@ -108,7 +117,7 @@ def test_known_values(device):
     assert kept(temperature=2.0) == {0: 0.1847, 1: 0.3694, 2: 0.2612, 3: 0.1847}
     # Temperature comes before min_p: 0.5 / 0.707 is above 0.6 now.
     assert kept(temperature=2.0, min_p=0.6) == {1: 0.5858, 2: 0.4142}
-    allowed = torch.tensor([[True, False, False, True]], device=device).expand(300, -1)
+    allowed = torch.tensor([[True, False, False, True]], device=device).expand(80, -1)
     assert kept(allowed=allowed) == {0: 0.5, 3: 0.5}
     bias = torch.tensor([0.0, -math.inf, math.log(2), 0.0], device=device)
     assert kept(bias=bias) == {0: 0.1667, 2: 0.6667, 3: 0.1667}
@@ -129,14 +138,14 @@ def test_known_values(device):
         expected = value - math.log(sum(math.exp(others[t]) for t in pair))
         drawn = [
             sample(logits, penalties=penalties, allowed=allowed, seeds=s, positions=0)
-            for s in range(60)
+            for s in range(30)
         ]
         found = {float(d.sampled_logprobs) for d in drawn if int(d.tokens) == token}
         assert found and all(abs(x - expected) < 1e-6 for x in found)
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", by_rows(*SHAPES, rows=lambda shape: shape[0]), ids=str)
 def test_matches_reference(device, dtype, shape, settings):
     logits = (3 * torch.randn(shape)).to(device, dtype)
     for more in ({}, extras(shape, device)):
@@ -152,10 +161,13 @@ def test_matches_reference(device, dtype, shape, settings):
             assert_close(ours[i], native[i], truth[i], name=f"{name} {settings}")
 
 
-@pytest.mark.parametrize("kind", ["random", "ties", "equal", "two values", "steep", "with -inf"])
-def test_truncations_against_a_sort(device, kind, isa):
+@pytest.mark.parametrize("n", by_rows(20, 512))
+@pytest.mark.parametrize(
+    "kind", ["random", "ties", "equal", "two values", "steep", "with -inf", "tiny", "huge"]
+)
+def test_truncations_against_a_sort(device, kind, isa, n):
     # Every row has its own settings; the mass of what is kept shows in sampled_logprobs.
-    n, v = 512, 203
+    v = 203
     logits = torch.randn(n, v, device=device)
     if kind == "ties":
         logits = logits.mul(2).round() / 2
@@ -167,6 +179,10 @@ def test_truncations_against_a_sort(device, kind, isa):
         logits = torch.rand(n, v, device=device).pow(8) * 80
     elif kind == "with -inf":
         logits = torch.where(logits > 0.5, -math.inf, logits)
+    elif kind == "tiny":
+        logits = logits.sign() * 10 ** -torch.rand(n, v, device=device).mul(40)
+    elif kind == "huge":  # both signs up to the largest float, and everything down to 1e-37
+        logits = logits.sign() * 10 ** torch.rand(n, v, device=device).mul(75).sub(37)
 
     def some(values, off):
         return torch.where(torch.rand(n, device=device) < 0.6, values, off)
@@ -187,6 +203,7 @@ def test_truncations_against_a_sort(device, kind, isa):
     )
 
 
+@pytest.mark.big
 @pytest.mark.parametrize(
     "settings", [{}, {"temperature": 0.6}, {"top_k": 6}, {"top_p": 0.7}, {"min_p": 0.2}], ids=str
 )
@@ -218,6 +235,7 @@ def test_distribution(device, settings):
         )
 
 
+@pytest.mark.big
 def test_distribution_of_many_tokens_and_of_pairs(device):
     n, v = 20_000, 4099
     logits = torch.randn(v, device=device) * 2
@@ -247,30 +265,40 @@ def test_noise_is_gumbel():
     assert float(distance) * math.sqrt(200_000) < 1.95
 
 
-def test_deterministic(device, threads):
-    logits = torch.randn(257, 700, device=device)
+@pytest.mark.parametrize("n", by_rows(11, 257))
+def test_deterministic(device, threads, n):
+    logits = torch.randn(n, 700, device=device)
     settings = {
-        "temperature": torch.rand(257, device=device) * 2,
-        "top_k": torch.randint(0, 50, (257,), device=device),
-        "top_p": torch.rand(257, device=device),
-        **rows_of(257, device),
-        "bias": torch.randn(257, 700, device=device),
-        "allowed": torch.rand(257, 700, device=device) > 0.5,
+        "temperature": torch.rand(n, device=device) * 2,
+        "top_k": torch.randint(0, 50, (n,), device=device),
+        "top_p": torch.rand(n, device=device),
+        **rows_of(n, device),
+        "bias": torch.randn(n, 700, device=device),
+        "allowed": torch.rand(n, 700, device=device) > 0.5,
     }
     first = sample(logits, **settings)
-    for n in (1, 2, 3):
-        threads(n)
+    for count in (1, 2, 3):
+        threads(count)
         for a, b in zip(first, sample(logits, **settings), strict=True):
             assert_same_bits(a, b)
     # A row alone, among others, or in another order gives the same.
-    for rows in (torch.tensor([256]), torch.randperm(257)[:100]):
+    for rows in (torch.tensor([n - 1]), torch.randperm(n)[: n // 2]):
         part = sample(logits[rows], **{name: value[rows] for name, value in settings.items()})
         for a, b in zip(first, part, strict=True):
             assert_same_bits(a[rows], b)
 
 
+def test_noise_far_below_its_mean(device):
+    # The greatest of 1000 is about ln 1000, and within 2.5 below that but for one row in 200,000.
+    seeds = torch.tensor([76611, 540313, 629343, 654070, 745516, 793816])
+    noise = gumbel_reference(seeds, 0 * seeds, 1000, torch.float64)
+    assert (noise.max(-1).values < math.log(1000) - 2.5).all()
+    drawn = sample(torch.zeros(6, 1000, device=device), seeds=seeds.to(device), positions=0)
+    assert torch.equal(drawn.tokens.cpu(), noise.argmax(-1))
+
+
 def test_seeds_of_64_bits(device):
-    logits = torch.randn(50, 700, device=device)
+    logits = torch.randn(9, 700, device=device)
     for seed in (2**63, 2**63 + 12345, 2**64 - 1):
         wide = sample(logits, seeds=seed, positions=0)
         same = sample(logits, seeds=torch.tensor(seed - 2**64, device=device), positions=0)
@@ -373,6 +401,39 @@ def test_opcheck_and_compile(device):
     arguments = (logits, torch.rand(5, device=device), torch.arange(5, device=device))
     compiled = torch.compile(step, fullgraph=True)(*arguments)
     for a, b in zip(compiled, step(*arguments), strict=True):
+        assert_same_bits(a, b)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_stream_and_graph_cuda():
+    if "sample" not in _C.build_info()["cuda_ops"]:
+        pytest.skip("this build has no CUDA kernel for sample")
+    logits = torch.randn(33, 1025, device="cuda")
+    settings = {
+        "temperature": torch.rand(33, device="cuda") + 0.5,
+        "top_k": torch.randint(0, 50, (33,), device="cuda"),
+        "top_p": torch.rand(33, device="cuda"),
+        **rows_of(33, "cuda"),
+    }
+    expected = sample(logits, **settings)
+    late = torch.zeros_like(logits)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        late.copy_(logits)  # on another stream the op would come before this
+        found = sample(late, **settings)
+    stream.synchronize()
+    for a, b in zip(found, expected, strict=True):
+        assert_same_bits(a, b)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = sample(logits, **settings)
+    # The controls are read at each replay.
+    settings["positions"] += 1
+    settings["top_k"].fill_(3)
+    graph.replay()
+    for a, b in zip(found, sample(logits, **settings), strict=True):
         assert_same_bits(a, b)
 
 

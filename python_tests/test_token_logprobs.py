@@ -25,6 +25,7 @@ def inputs(shape, dtype=torch.float32, device="cpu"):
     rows, vocab = shape
     logits = (3 * torch.randn(rows, vocab)).to(device, dtype)
     targets = torch.randint(0, vocab, (rows,), device=device)
+    targets[::2] = logits[::2].argmax(-1)
     mask = torch.rand(rows, device=device) > 0.2
     temperature = 0.3 + torch.rand(rows, device=device)
     return logits, targets, mask, temperature

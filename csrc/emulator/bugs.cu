@@ -1,7 +1,6 @@
 // Kernels with one mistake each, to test the emulator: `bugs <case> <broken|fixed> <order>
 // <arrival> <seed>` prints what it says of the case, "wrong values" if the kernel ran but computed
 // nonsense, or "ok". The exit status is 0 for "ok" only.
-#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -9,7 +8,6 @@
 #include <string>
 #include <vector>
 
-#include "../gae.h"
 #include "../gpu.cuh"
 
 namespace ic {
@@ -169,33 +167,6 @@ bool right(Kernel kernel, int threads, bool fixed, Expected expected, Args... ar
   return true;
 }
 
-// gae of a packed batch whose second row spans many tiles, against the recurrence step by step.
-bool gae_is_right() {
-  constexpr int kSteps = 20000, kFirst = 100;
-  std::vector<float> rewards(kSteps), values(kSteps), advantages(kSteps), returns(kSteps);
-  for (int t = 0; t < kSteps; ++t) {
-    rewards[t] = static_cast<float>(t * 7 % 11) - 5;
-    values[t] = static_cast<float>(t * 5 % 13) - 6;
-  }
-  const int32_t cu[] = {0, kFirst, kSteps};
-  std::vector<uint8_t> workspace(gae_workspace_bytes(2, kSteps, true));
-  GaeArgs a{};
-  a.rewards = rewards.data(), a.values = values.data(), a.cu_seqlens = cu;
-  a.advantages = advantages.data(), a.returns = returns.data(), a.workspace = workspace.data();
-  a.rows = 2, a.steps = kSteps, a.rewards_step = a.values_step = 1;
-  a.gamma = 0.999f, a.lambda = 0.999f;
-  gae_cuda(a, nullptr);
-  for (int row = 0; row < 2; ++row) {
-    double after = 0, value = 0;
-    for (int t = cu[row + 1] - 1; t >= cu[row]; --t) {
-      after = rewards[t] + a.gamma * value - values[t] + double{a.gamma} * a.lambda * after;
-      value = values[t];
-      if (!(fabs(advantages[t] - after) < 0.05)) return false;
-    }
-  }
-  return true;
-}
-
 bool run_case(const std::string& name, bool fixed) {
   const auto any = [](int) { return 0; };
   const auto ones = [](int) { return 1; };
@@ -226,7 +197,6 @@ bool run_case(const std::string& name, bool fixed) {
     launch(chain, dim3(9), dim3(kWarp), 0, nullptr, flags.data(), fixed);
     return true;
   }
-  if (name == "gae") return gae_is_right();
   throw std::runtime_error("no such case: " + name);
 }
 

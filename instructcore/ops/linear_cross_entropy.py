@@ -214,8 +214,8 @@ def linear_cross_entropy(
     Args:
         hidden: (N, C) float32, bfloat16 or float16. Differentiable.
         weight: (V, C), of hidden's type or float32. Differentiable.
-        targets: int64 (N,), each in [0, V) or ignore_index. On the CPU ignored rows cost nothing, on
-            CUDA their GEMMs.
+        targets: int64 (N,), each in [0, V) or ignore_index. Ignored rows cost nothing on the CPU
+            and their GEMMs on CUDA.
         bias: (V,). Differentiable.
         class_weight: (V,), `weight` of `cross_entropy`.
         max_workspace_bytes: bound of the memory beyond arguments, gradients, the float32 sum of

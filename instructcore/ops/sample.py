@@ -210,8 +210,8 @@ def _run(logits, bias, generated, prompt, allowed, *controls_and_defaults):
     if rows == 0:
         return outputs
     threads = torch.get_num_threads()
-    # A slot of the workspace for each piece of rows: values, weights and adjusted logits.
-    slots = 1 if threads == 1 else min(rows, 4 * threads)
+    # On the CPU a slot of the workspace for each piece of rows: values, weights, adjusted logits.
+    slots = 0 if logits.is_cuda else 1 if threads == 1 else min(rows, 4 * threads)
     workspace = logits.new_empty(slots, 3, -(-vocab // 16) * 16, dtype=torch.float32)
     wide = (bias, generated, prompt, allowed)
     _C.sample(
@@ -235,6 +235,7 @@ _sample = register(
     "int[] integers) -> (Tensor, Tensor, Tensor)",
     _allocate,
     _run,
+    devices=("cpu", "cuda"),
 )
 
 
