@@ -291,8 +291,27 @@ struct LogitRule {
     const float x = __fmul_rn(product, scale);
     return softcap > 0.0f ? __fmul_rn(softcap, tanh_of(x)) : x;
   }
-  IC_GPU float logit(float product, int distance) const {
+  IC_GPU float logit(float product, int distance, int) const {
     return fmaf(-slope, fabsf(static_cast<float>(distance)), capped(product));
+  }
+};
+
+// The same for rows that take the heads of a group together: a slope for each, of row g + 8 h.
+struct GroupedLogitRule : LogitRule {
+  float slopes[2];
+
+  IC_GPU GroupedLogitRule(const AttentionArgs& a, const AttentionSequence& s, int64_t kv_head,
+                          int64_t row)
+      : LogitRule(a, s.index, kv_head * s.group) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int64_t head = kv_head * s.group + (row + 8 * h + lane_index() / 4) % s.group;
+      slopes[h] = LogitRule(a, s.index, head).slope;
+    }
+  }
+  IC_GPU bool plain() const { return softcap == 0.0f && slopes[0] == 0.0f && slopes[1] == 0.0f; }
+  IC_GPU float logit(float product, int distance, int h) const {
+    return fmaf(-slopes[h], fabsf(static_cast<float>(distance)), capped(product));
   }
 };
 
@@ -334,8 +353,8 @@ struct GroupedRowsSeen {
 };
 
 // Products become logits; hidden ones, where `partial`, become -inf whatever they are.
-template <int kRowTiles, int kColumns, class Seen>
-IC_GPU void to_logits(float (&x)[kRowTiles][kColumns][4], const LogitRule& rule, int first_key,
+template <int kRowTiles, int kColumns, class Rule, class Seen>
+IC_GPU void to_logits(float (&x)[kRowTiles][kColumns][4], const Rule& rule, int first_key,
                       bool partial, const Seen& seen) {
   const int key = first_key + 2 * (lane_index() % 4);
   const bool plain = rule.plain();
@@ -347,7 +366,7 @@ IC_GPU void to_logits(float (&x)[kRowTiles][kColumns][4], const LogitRule& rule,
 #pragma unroll
       for (int e = 0; e < 2 * kColumns; ++e) {
         float& y = x[i][e / 2][2 * h + e % 2];
-        y = plain ? __fmul_rn(y, rule.scale) : rule.logit(y, distance - 8 * (e / 2) - e % 2);
+        y = plain ? __fmul_rn(y, rule.scale) : rule.logit(y, distance - 8 * (e / 2) - e % 2, h);
       }
       if (!partial) continue;
       const int first = seen.first(i, h) - key, end = seen.end(i, h) - key;

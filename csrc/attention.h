@@ -48,7 +48,9 @@ struct AttentionArgs {
   int64_t slopes_batch;
   const float* sinks;  // (H,); null: none
   AttentionPages pages;
-  int64_t sequences, queries, keys;  // B, T, S; when packed T and S are the rows of q and k
+  // B, T, S; when packed T and S are the rows of q and k; with pages S is the most that a sequence
+  // of the block table can hold.
+  int64_t sequences, queries, keys;
   int64_t heads, kv_heads, dim;
   int64_t left, right;  // keys besides the diagonal one; kAttentionUnbounded: all
   float scale, softcap;

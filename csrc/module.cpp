@@ -231,7 +231,7 @@ int64_t attention_workspace([[maybe_unused]] TensorView q, [[maybe_unused]] Tens
     args.dim = q.size(-1);
     args.dtype = q.dtype();
     args.kv_dtype = k.dtype();
-    if (q.ndim() == 3) args.sequences = 1;
+    if (q.ndim() == 3) args.sequences = block_table ? block_table->size(0) : 1;
     if (backward) return ic::attention_backward_workspace_cuda(args);
     return ic::attention_workspace_cuda(args, block_table.has_value());
   }
@@ -319,6 +319,7 @@ void attention_paged(TensorView q, TensorView k_cache, TensorView v_cache, Tenso
   ic::AttentionPages& pages = args.pages;
   pages.block_table = block_table.data<const int32_t>();
   pages.cache_seqlens = cache_seqlens.data<const int32_t>();
+  args.keys = block_table.size(1) * k_cache.size(1);
   pages.table_row = block_table.stride(0);
   pages.block_size = k_cache.size(1);
   pages.k_block = k_cache.stride(0);

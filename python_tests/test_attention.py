@@ -423,8 +423,22 @@ def test_identities(device):
     assert torch.allclose(dv.sum((1, 2)), grad.sum((1, 2)), atol=1e-3)
 
 
-def paged(lengths, counts, dtype=torch.float32, cache_dtype=None, device="cpu", dim=32, size=8):
-    """Random caches that hold `lengths` tokens and `counts` queries to come, blocks shuffled."""
+def paged(
+    lengths,
+    counts,
+    dtype=torch.float32,
+    cache_dtype=None,
+    device="cpu",
+    dim=32,
+    size=8,
+    heads=(4, 2),
+    gap=0,
+    layout="contiguous",
+):
+    """Random caches that hold `lengths` tokens and `counts` queries to come, blocks shuffled.
+
+    `gap` rows before and after those of the sequences belong to none.
+    """
     most = max(-(-(n + m) // size) for n, m in zip(lengths, counts, strict=True)) + 1
     blocks = len(lengths) * most + 3
     order = torch.randperm(blocks)[: len(lengths) * most].reshape(len(lengths), most)
@@ -432,11 +446,15 @@ def paged(lengths, counts, dtype=torch.float32, cache_dtype=None, device="cpu", 
     for b, (n, m) in enumerate(zip(lengths, counts, strict=True)):
         used = -(-(n + m) // size)
         table[b, :used] = order[b, :used]
-    caches = [torch.randn(blocks, size, 2, dim).to(cache_dtype or dtype) for _ in range(2)]
-    rows = sum(counts)
-    q = torch.randn(rows, 4, dim).to(dtype)
-    new = [torch.randn(rows, 2, dim).to(dtype) for _ in range(2)]
-    cu = torch.tensor([0, *counts]).cumsum(0).int()
+    wide = dim + (5 if layout == "unaligned" else 0)
+    caches = [
+        torch.randn(blocks, size, heads[1], wide).to(cache_dtype or dtype).to(device)[..., :dim]
+        for _ in range(2)
+    ]
+    rows = sum(counts) + 2 * gap
+    q = torch.randn(rows, heads[0], wide).to(dtype)[..., :dim]
+    new = [torch.randn(rows, heads[1], wide).to(dtype).to(device)[..., :dim] for _ in range(2)]
+    cu = torch.tensor([gap, *counts]).cumsum(0).int()
     held = torch.tensor(lengths, dtype=torch.int32)
     tensors = [q, *caches, table.int(), held, cu]
     return [x.to(device) for x in tensors], dict(zip(("k_new", "v_new"), new, strict=True))
@@ -450,11 +468,52 @@ HELD, NEW = [17, 0, 31, 5, 8], [1, 20, 9, 0, 1]
 @pytest.mark.parametrize("turn", ["", "halves", "interleaved"])
 def test_paged_matches_reference(device, dtype, cache_dtype, turn):
     arguments, new = paged(HELD, NEW, dtype, cache_dtype, device)
-    options = {**new, "sinks": torch.randn(4), "window": (25, 0)}
+    options = {"sinks": torch.randn(4, device=device), "window": (25, 0)}
+    check_paged(arguments, new, options, turn)
+
+
+# What the kernels on tensor cores have to tell apart: (held, new, paged()'s settings, options, turn)
+PAGED = {
+    "decode": ([1100, 37, 512, 511], [1, 1, 1, 1], {"dim": 64, "size": 16}, "causal", ""),
+    "grouped_by_4": ([1100, 600], [1, 2], {"dim": 80, "size": 48, "heads": (4, 1)}, "causal", "halves"),
+    "grouped_by_8": ([700], [2], {"dim": 128, "size": 16, "heads": (8, 1)}, "sinks", "interleaved"),
+    "rows_apart": ([1000, 3], [3, 8], {"dim": 128, "size": 48, "heads": (8, 1)}, "causal", "halves"),
+    "chunk": ([500, 1030, 0, 9], [70, 1, 40, 0], {"dim": 64, "size": 48}, "causal", "halves"),
+    "odd_group": ([3], [50], {"dim": 64, "size": 7, "heads": (6, 2)}, "alibi", "interleaved"),
+    "dim_256": ([520, 2], [1, 20], {"dim": 256, "size": 16, "heads": (2, 1)}, "sinks", "halves"),
+    "odd_half": ([600], [2], {"dim": 24, "size": 16, "heads": (2, 1)}, "softcap", "halves"),
+    "left_window": ([1100, 560], [1, 9], {"dim": 64, "size": 16}, "left_window", ""),
+    "wide_window": ([1200, 0], [4, 30], {"dim": 64, "size": 16}, "wide_window", "halves"),
+    "everything": ([540, 12], [3, 20], {"dim": 72, "size": 16}, "everything", "halves"),
+    "alibi_per_row": ([540, 12], [3, 6], {"dim": 40, "heads": (6, 2)}, "alibi_per_row", ""),
+    "unaligned": ([530, 3], [2, 30], {"dim": 24, "layout": "unaligned"}, "causal", "halves"),
+    # As many slots as the emulator's GPU has, and 128 more: the first sequence goes without.
+    "too_few_slots": (
+        [530, *[520] * 6],
+        [2, *[8] * 6],
+        {"dim": 256, "size": 16, "heads": (32, 4)},
+        "left_window",
+        "",
+    ),
+}
+OPTIONS["wide_window"] = {"window": (600, 0)}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("case", PAGED)
+def test_paged_in_pieces(device, dtype, case):
+    held, new, sizes, name, turn = PAGED[case]
+    arguments, new = paged(held, new, dtype, device=device, gap=2, **sizes)
+    options = settings(name, (len(held), 0, 0, arguments[0].shape[1]), device)
+    check_paged(arguments, new, options, turn)
+
+
+def check_paged(arguments, new, options, turn=""):
+    device, dtype, dim = arguments[0].device, arguments[0].dtype, arguments[0].shape[2]
+    options = {**new, **options}
     if turn:
-        angles = torch.rand(64, 16) * 6
+        angles = torch.rand(int(arguments[4].max()) + 100, dim // 2, device=device) * 6
         options |= {"cos": angles.cos(), "sin": angles.sin(), "interleaved": turn == "interleaved"}
-    options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     results = []
     for f, kind in (
         (attention_paged_, dtype),
@@ -463,19 +522,18 @@ def test_paged_matches_reference(device, dtype, cache_dtype, turn):
     ):
         q, k_cache, v_cache, *tables = arguments
         # The float64 reference sees what rounding leaves in the caches.
-        caches = [x.clone() for x in (k_cache, v_cache)]
+        caches = [torch.empty_like(x).copy_(x) for x in (k_cache, v_cache)]
         if kind == torch.float64:
             attention_paged_reference(q, *caches, *tables, **options)
             held = tables[1] + (tables[2][1:] - tables[2][:-1])
-            rotated = rotate_queries(q, tables, options)
+            turns = ("cos", "sin", "interleaved", "k_new", "v_new")
             out, lse = attention_paged_reference(
-                rotated.double(),
+                rotate_queries(q, tables, options).double(),
                 *(x.double() for x in caches),
                 tables[0],
                 held,
                 tables[2],
-                window=options["window"],
-                sinks=options["sinks"].double(),
+                **cast({k: v for k, v in options.items() if k not in turns}, torch.float64),
                 return_lse=True,
             )
         else:
@@ -490,7 +548,7 @@ def test_paged_matches_reference(device, dtype, cache_dtype, turn):
 
 
 def cast_sinks(options, dtype):
-    return {**options, "sinks": options["sinks"].to(dtype)}
+    return {**options, "sinks": options["sinks"].to(dtype)} if "sinks" in options else options
 
 
 def rotate_queries(q, tables, options):
@@ -499,12 +557,14 @@ def rotate_queries(q, tables, options):
         return q
     _, held, cu = tables
     most = int((held + cu[1:] - cu[:-1]).max())
-    table = torch.arange(len(held), dtype=torch.int32)[:, None]
+    table = torch.arange(len(held), dtype=torch.int32, device=q.device)[:, None]
     cache = q.new_zeros(len(held), most, *q.shape[1:])
     turn = {k: options[k] for k in ("cos", "sin", "interleaved")}
     attention_paged_reference(q, cache, cache.clone(), table, held, cu, k_new=q, v_new=q, **turn)
-    rows = [cache[b, held[b] : held[b] + cu[b + 1] - cu[b]] for b in range(len(held))]
-    return torch.cat(rows)
+    turned = q.clone()
+    for b in range(len(held)):
+        turned[cu[b] : cu[b + 1]] = cache[b, held[b] : held[b] + cu[b + 1] - cu[b]]
+    return turned
 
 
 def test_paged_decode_equals_prefill_bit_for_bit(device, dtype):
