@@ -1,24 +1,22 @@
 // attention in float32 on the CUDA cores, forward and backward: for float32 tensors, and for caches
 // of another element type than the queries. Elements become float32 as they are loaded.
 //
-// A block owns kRows rows of one key/value head and walks the rows of the other side, kTile at a
-// time from multiples of kTile in the sequence on:
-//   plain_forward          owns query rows (of all query heads of its key/value head), walks keys
-//                          with a running maximum; appends what is new of its own tokens
-//   plain_backward<false>  the same rows: delta = dout . out - dlse, laid out as lse, and dq
-//   plain_backward<true>   owns keys, walks query rows: dk and dv
+// A block owns kRows rows of a head and walks the rows of the other side, kTile at a time from
+// multiples of kTile in the sequence on:
+//   plain_forward          owns queries, walks keys with a running maximum; the block of a
+//                          key/value head's first query head appends what is new of its tokens
+//   plain_backward<false>  owns queries: delta = dout . out - dlse, laid out as lse, and dq
+//   plain_backward<true>   owns keys, walks the queries of all heads of their group: dk and dv
 //   plain_sinks            a block for each head: dsink, summed in float64
 // A warp owns kOwn rows and each of its lanes one row of the tile, so that a product over the head
 // dim is one lane's; weights go through shared memory to lanes that each own columns. Sums go tile
 // by tile: a row's bits depend on what it sees alone.
 //
-// FLOPs per query-key pair and query head: 4 D forward, 14 D backward (logits and dout . v twice).
-// An H200's CUDA cores do 67 TFLOP/s in float32; a wavefront of shared memory for every two FMA
+// FLOPs per query, key and query head: 4 D forward, 14 D backward (logits and dout . v twice). An
+// H200's CUDA cores do 67 TFLOP/s in float32; a wavefront of shared memory for every two FMA
 // instructions halves that: about 30 TFLOP/s where head dims fill the padding. Bytes matter in
-// decoding only: 8 D for each key and key/value head at 4.8 TB/s, of which 4 bytes a lane and one
-// block for a sequence and head reach a part.
-#include <type_traits>
-
+// decoding only: 8 D for each key and query head, from HBM at 4.8 TB/s or from L2, of which one
+// block for a sequence and head takes what it can.
 #include "attention.cuh"
 
 namespace ic {
@@ -31,8 +29,6 @@ constexpr int kTile = kWarp;
 
 // Of a row in shared memory: 16-byte reads of 8 neighbouring rows meet no bank twice.
 IC_HOST_DEVICE constexpr int pitch(int dim) { return dim + 4; }
-
-IC_GPU int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
 
 // ---- elements
 
@@ -84,126 +80,96 @@ struct Row {
   }
 };
 
-// The rows of the other side that a row sees.
-struct Span {
-  int begin, end;
-  IC_GPU bool has(int64_t row) const { return row >= begin && row < end; }
-};
-
-// What a block owns: rows first .. end - 1 of a sequence's query rows, or of its keys; none where
-// first >= end.
-struct Block {
-  bool of_keys;
-  AttentionSequence s;
-  int64_t kv_head, first, end;
-
-  // Blocks for all sequences. Of packed ones, sequence b has those from floor(rows before / kRows)
-  // + b on: enough for it, and none of the next one's.
-  static int64_t count(const AttentionArgs& a, bool of_keys) {
-    const int64_t rows = of_keys ? a.keys : a.queries * (a.heads / a.kv_heads);
-    if (a.cu_q) return rows / kRows + a.sequences + 1;
-    return a.sequences * ((rows + kRows - 1) / kRows);
-  }
-  IC_GPU Block(const AttentionArgs& a, bool of_keys)
-      : of_keys(of_keys), s{}, kv_head(blockIdx.y), first(0), end(0) {
-    if (a.sequences == 0) return;
-    const int64_t group = of_keys ? 1 : a.heads / a.kv_heads, block = blockIdx.x;
-    const int32_t* cu = of_keys ? a.cu_k : a.cu_q;
-    const auto begin = [=](int64_t b) { return cu[b] * group / kRows + b; };
-    int64_t sequence = 0;
-    if (cu) {  // the last one that begins here or before
-      for (int64_t count = a.sequences; count > 1;) {
-        const int64_t half = count / 2;
-        const bool begun = begin(sequence + half) <= block;
-        sequence += begun ? half : 0;
-        count = begun ? count - half : half;
-      }
-      first = (block - begin(sequence)) * kRows;
-    } else {
-      const int64_t blocks = ((of_keys ? a.keys : a.queries * group) + kRows - 1) / kRows;
-      sequence = block / blocks;
-      first = block % blocks * kRows;
-    }
-    s = attention_sequence(a, sequence);
-    end = smaller(of_keys ? s.keys : s.rows(), first + kRows);
-  }
-  IC_GPU int64_t own_row() const { return first + warp_index() * kOwn; }  // the warp's first
-  IC_GPU int64_t others() const { return of_keys ? s.rows() : s.keys; }
-  IC_GPU Span seen(int64_t row) const {
-    if (row >= end) return {0, 0};
-    return {static_cast<int>(of_keys ? s.first_row(row) : s.first_seen(row)),
-            static_cast<int>(of_keys ? s.end_row(row) : s.end_seen(row))};
-  }
-  IC_GPU int64_t head(int64_t row) const { return kv_head * s.group + row % s.group; }
-  IC_GPU int64_t lse_at(const AttentionArgs& a, int64_t row) const {
-    return attention_lse_index(a, s, head(row), row / s.group);
-  }
-};
-
-struct QueryRows {
-  const AttentionArgs& a;
-  const Block& block;
+// Of one head, from token `first` of the tensor on.
+struct Rows {
   const AttentionTensor& t;
+  Dtype dtype;
+  int64_t batch, first, head;
 
   IC_GPU int64_t at(int64_t row) const {
-    const AttentionSequence& s = block.s;
-    return s.index * t.batch + (s.first_query + row / s.group) * t.token + block.head(row) * t.head;
+    return batch * t.batch + (first + row) * t.token + head * t.head;
   }
-  IC_GPU Row operator()(int64_t row) const {
-    const int64_t held = a.pages.cos ? a.pages.cache_seqlens[block.s.index] : 0;
-    return {t.data, at(row), a.dtype, a.dtype, a.pages.cos ? held + row / block.s.group : -1};
-  }
+  IC_GPU Row operator()(int64_t row) const { return {t.data, at(row), dtype, dtype, -1}; }
 };
 
-// Keys or values. New ones are read where they come from, in the launch that appends them too.
-struct KeyRows {
+// Keys or values in a cache. New ones are read where they come from, also in the launch that
+// appends them.
+struct CachedRows {
   const AttentionArgs& a;
-  const Block& block;
-  const AttentionTensor& t;
-  AttentionTensor fresh{};
-  int64_t page = 0;  // stride of a block of pages
-  bool turn = false;
+  const AttentionSequence& s;
+  const AttentionTensor &t, &fresh;
+  int64_t page, head;  // page: stride of a block
+  bool turn;
 
   IC_GPU int64_t at(int64_t key) const {
     const AttentionPages& p = a.pages;
-    const AttentionSequence& s = block.s;
-    int64_t row = s.index * t.batch + (s.first_key + key) * t.token;
-    if (p.block_table)
-      row = p.block_table[s.index * p.table_row + key / p.block_size] * page +
-            key % p.block_size * t.token;
-    return row + block.kv_head * t.head;
+    return p.block_table[s.index * p.table_row + key / p.block_size] * page +
+           key % p.block_size * t.token + head * t.head;
   }
   IC_GPU Row operator()(int64_t key) const {
-    const int64_t token = key - block.s.position0;  // of a new key: its query
+    const int64_t token = key - s.position0;  // of a new key: its query
     if (!fresh.data || token < 0) return {t.data, at(key), a.kv_dtype, a.kv_dtype, -1};
-    const int64_t row = (block.s.first_query + token) * fresh.token + block.kv_head * fresh.head;
+    const int64_t row = (s.first_query + token) * fresh.token + head * fresh.head;
     return {fresh.data, row, a.dtype, a.kv_dtype, turn ? key : -1};
   }
-  // The new ones of tokens whose first row is this block's: each is one block's.
-  IC_GPU void append() const {
-    const int64_t group = block.s.group, first = (block.first + group - 1) / group;
-    for (int64_t i = first + warp_index(); fresh.data && i * group < block.end; i += kWarps) {
-      const int64_t key = block.s.position0 + i, to = at(key);
-      const Row row = (*this)(key);
+  IC_GPU void append(int64_t begin, int64_t end) const {
+    for (int64_t key = s.position0 + begin + warp_index(); key < s.position0 + end; key += kWarps)
       for (int d = lane_index(); d < a.dim; d += kWarp)
-        store(t.data, a.kv_dtype, to + d, row.element(a, d));
-    }
+        store(t.data, a.kv_dtype, at(key) + d, (*this)(key).element(a, d));
   }
 };
 
-// Packed tokens of no sequence are shared out among the blocks: what they have of a head is 0, and
-// in a row of `of_tokens` (lse and its like) `fill`.
-IC_GPU void clear_gaps(const AttentionArgs& a, const AttentionTensor& t, bool of_keys,
-                       float* of_tokens = nullptr, float fill = 0.0f) {
-  const int32_t* cu = of_keys ? a.cu_k : a.cu_q;
-  const int64_t tokens = of_keys ? a.keys : a.queries, heads = of_keys ? 1 : a.heads / a.kv_heads;
+// ---- what a block owns
+
+// Rows first .. end - 1 of a head: queries, or keys of the mirrored sequence; none if first >= end.
+struct Block {
+  AttentionSequence s{};
+  int64_t first = 0, end = 0;
+
+  IC_GPU Block(const AttentionArgs& a, bool of_keys) {
+    if (a.sequences == 0) return;
+    const int32_t* cu = of_keys ? a.cu_k : a.cu_q;
+    int64_t sequence, tile;
+    if (cu) {
+      const PackedTile packed(cu, a.sequences, kRows, blockIdx.x);
+      sequence = packed.sequence;
+      tile = packed.tile;
+    } else {
+      const int64_t tiles = ((of_keys ? a.keys : a.queries) + kRows - 1) / kRows;
+      sequence = blockIdx.x / tiles;
+      tile = blockIdx.x % tiles;
+    }
+    s = attention_sequence(a, sequence);
+    s.group = 1;
+    if (of_keys) s = mirrored(s);
+    first = tile * kRows;
+    end = min(s.queries, first + kRows);
+  }
+  IC_GPU int64_t own_row() const { return first + warp_index() * kOwn; }  // the warp's first
+  IC_GPU int first_tile() const { return static_cast<int>(s.first_seen(first)) / kTile * kTile; }
+  IC_GPU int end_tile() const { return static_cast<int>(s.end_seen(end - 1)); }
+};
+
+// What a row sees of the other side.
+struct Span {
+  int begin, end;
+  IC_GPU bool has(int row) const { return row >= begin && row < end; }
+};
+
+IC_GPU Span seen_by(const Block& block, int64_t row) {
+  if (row >= block.end) return {0, 0};
+  return {static_cast<int>(block.s.first_seen(row)), static_cast<int>(block.s.end_seen(row))};
+}
+
+// Packed tokens of no sequence are shared out among the blocks of a head: they become 0, and in
+// `of_tokens` (lse and its like) `fill`.
+IC_GPU void clear_gaps(const AttentionArgs& a, const AttentionTensor& t, const int32_t* cu,
+                       int64_t tokens, float* of_tokens = nullptr, float fill = 0.0f) {
   for (int64_t i = blockIdx.x; cu && i < tokens; i += gridDim.x) {
     if (i >= cu[0] && i < cu[a.sequences]) continue;
-    for (int64_t h = blockIdx.y * heads; h < (blockIdx.y + 1) * heads; ++h) {
-      for (int64_t d = threadIdx.x; d < a.dim; d += kThreads)
-        store(t.data, a.dtype, i * t.token + h * t.head + d, 0.0f);
-      if (of_tokens && threadIdx.x == 0) of_tokens[h * tokens + i] = fill;
-    }
+    for (int64_t d = threadIdx.x; d < a.dim; d += kThreads)
+      store(t.data, a.dtype, i * t.token + blockIdx.y * t.head + d, 0.0f);
+    if (of_tokens && threadIdx.x == 0) of_tokens[blockIdx.y * tokens + i] = fill;
   }
 }
 
@@ -211,14 +177,14 @@ IC_GPU void clear_gaps(const AttentionArgs& a, const AttentionTensor& t, bool of
 
 // Rows first .. of which those before `end` exist; all else is 0. Returns whether this thread met
 // what is not finite.
-template <int kDim, int kCount, class Rows>
+template <int kDim, int kCount, class AnyRows>
 IC_GPU bool load_rows(const AttentionArgs& a, float* to, int64_t first, int64_t end,
-                      const Rows& rows) {
+                      const AnyRows& rows) {
   bool odd = false;
   for (int r = warp_index(); r < kCount; r += kWarps) {
     const bool real = first + r < end;
     const Row row = real ? rows(first + r) : Row{};
-#pragma unroll
+#pragma unroll 2
     for (int d = lane_index(); d < kDim; d += kWarp) {
       const float x = real && d < a.dim ? row.element(a, d) : 0.0f;
       to[r * pitch(kDim) + d] = x;
@@ -234,7 +200,7 @@ IC_GPU void multiply(float (&x)[kOwn], const float* own, const float* tile) {
   own += warp_index() * kOwn * pitch(kDim);
   tile += lane_index() * pitch(kDim);
   float4 sums[kOwn] = {};
-#pragma unroll 4
+#pragma unroll 2
   for (int d = 0; d < kDim; d += 4) {
     const float4 y = *reinterpret_cast<const float4*>(tile + d);
 #pragma unroll
@@ -255,7 +221,7 @@ IC_GPU void multiply(float (&x)[kOwn], const float* own, const float* tile) {
 template <int kDim>
 IC_GPU void add_weighted(float (&sums)[kOwn][kDim / kWarp], const float (&keep)[kOwn],
                          const float (&x)[kOwn], float* weights, const float* tile,
-                         const Span (&seen)[kOwn], int64_t first, bool exact) {
+                         const Span (&seen)[kOwn], int first, bool exact) {
   weights += warp_index() * kOwn * kTile;
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) weights[i * kTile + lane_index()] = x[i];
@@ -276,69 +242,62 @@ IC_GPU void add_weighted(float (&sums)[kOwn][kDim / kWarp], const float (&keep)[
 }
 
 template <int kDim>
-IC_GPU void store_row(const AttentionArgs& a, const AttentionTensor& t, int64_t at,
+IC_GPU void store_row(const AttentionArgs& a, const Rows& to, int64_t row,
                       const float (&x)[kDim / kWarp], float factor) {
 #pragma unroll
   for (int c = 0; c < kDim / kWarp; ++c) {
     const int d = c * kWarp + lane_index();
-    if (d < a.dim) store(t.data, a.dtype, at + d, x[c] * factor);
+    if (d < a.dim) store(to.t.data, to.dtype, to.at(row) + d, x[c] * factor);
   }
 }
 
-// What a query row brings to its pairs with keys; lse in units of log 2.
-struct Query {
-  float slope, lse, delta;
-  int64_t position;
-
-  IC_GPU float logit(LogitRule rule, float product, int64_t key) const {
-    rule.slope = slope;
-    return rule.logit(product, position - key);
+// LogitRule's logit, in units of log 2, with an exact tanh. *change: the factor of its gradient on
+// the way through softcap.
+IC_GPU float logit_of(const LogitRule& rule, float product, int64_t distance, float* change) {
+  float x = __fmul_rn(product, rule.scale);
+  *change = 1.0f;
+  if (rule.softcap > 0.0f) {
+    const float y = tanhf(x);
+    x = __fmul_rn(rule.softcap, y);
+    *change = fmaf(-y, y, 1.0f);
   }
-};
-
-IC_GPU Query query_of(const AttentionArgs& a, const Block& block, int64_t row) {
-  return {LogitRule(a, block.s.index, block.head(row)).slope, 0.0f, 0.0f, block.s.position(row)};
+  return fmaf(-rule.slope, fabsf(static_cast<float>(distance)), x);
 }
 
 // ---- forward
 
-template <int kDim>
-__global__ void __launch_bounds__(kThreads) plain_forward(AttentionArgs a) {
-  DYNAMIC_SHARED(shared);
-  float* own = reinterpret_cast<float*>(shared);
+template <int kDim, class Keys>
+IC_GPU void forward(const AttentionArgs& a, const Block& block, float* own, const Keys& keys,
+                    const Keys& values) {
+  const AttentionSequence& s = block.s;
+  const int64_t head = blockIdx.y;
   float* tile = own + kRows * pitch(kDim);
   float* weights = tile + kTile * pitch(kDim);
-  clear_gaps(a, a.out, false, a.lse, kMinusInf);
-  const Block block(a, false);
-  if (block.first >= block.end) return;
-  const AttentionPages& p = a.pages;
-  const KeyRows keys{a, block, a.k, p.k_new, p.k_block, p.cos != nullptr};
-  const KeyRows values{a, block, a.v, p.v_new, p.v_block, false};
-  keys.append();
-  values.append();
-  load_rows<kDim, kRows>(a, own, block.first, block.end, QueryRows{a, block, a.q});
-
-  const LogitRule rule(a, block.s.index, 0);
-  Query query[kOwn];
+  const Rows queries{a.q, a.dtype, s.index, s.first_query, head};
+  load_rows<kDim, kRows>(a, own, block.first, block.end, [&](int64_t row) {
+    Row turned = queries(row);
+    if (a.pages.cos) turned.position = a.pages.cache_seqlens[s.index] + row;
+    return turned;
+  });
+  const LogitRule rule(a, s.index, head);
   Span seen[kOwn];
   float max[kOwn], sum[kOwn] = {}, out[kOwn][kDim / kWarp] = {};
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
-    query[i] = query_of(a, block, block.own_row() + i);
-    seen[i] = block.seen(block.own_row() + i);
+    seen[i] = seen_by(block, block.own_row() + i);
     max[i] = kMinusInf;
   }
-  const int end_key = block.seen(block.end - 1).end;
-  for (int key = block.seen(block.first).begin / kTile * kTile; key < end_key; key += kTile) {
+  for (int key = block.first_tile(); key < block.end_tile(); key += kTile) {
     __syncthreads();
-    load_rows<kDim, kTile>(a, tile, key, block.others(), keys);
+    load_rows<kDim, kTile>(a, tile, key, s.keys, keys);
     __syncthreads();
-    float x[kOwn], keep[kOwn];
+    float x[kOwn], keep[kOwn], change;
     multiply<kDim>(x, own, tile);
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       const int at = key + lane_index();
-      x[i] = seen[i].has(at) ? query[i].logit(rule, x[i], at) : kMinusInf;
+      x[i] = logit_of(rule, x[i], s.position(block.own_row() + i) - at, &change);
+      if (!seen[i].has(at)) x[i] = kMinusInf;
       const float top = fmaxf(max[i], warp_max(x[i])), base = finite_or_zero(top);
       keep[i] = exp2f(max[i] - base);
       max[i] = top;
@@ -346,36 +305,60 @@ __global__ void __launch_bounds__(kThreads) plain_forward(AttentionArgs a) {
       sum[i] = fmaf(sum[i], keep[i], x[i]);
     }
     __syncthreads();
-    const bool odd = load_rows<kDim, kTile>(a, tile, key, block.others(), values);
+    const bool odd = load_rows<kDim, kTile>(a, tile, key, s.keys, values);
     const bool exact = __syncthreads_or(odd);
     add_weighted<kDim>(out, keep, x, weights, tile, seen, key, exact);
   }
+  const Rows to{a.out, a.dtype, s.index, s.first_query, head};
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
     const int64_t row = block.own_row() + i;
     const float all = warp_sum(sum[i]);
     if (row >= block.end) continue;
-    const RowEnd last(max[i], all, a.sinks ? a.sinks[block.head(row)] : kMinusInf);
-    store_row<kDim>(a, a.out, QueryRows{a, block, a.out}.at(row), out[i], last.factor);
-    if (lane_index() == 0) a.lse[block.lse_at(a, row)] = last.lse;
+    const RowEnd end(max[i], all, a.sinks ? a.sinks[head] : kMinusInf);
+    store_row<kDim>(a, to, row, out[i], end.factor);
+    if (lane_index() == 0) a.lse[attention_lse_index(a, s, head, row)] = end.lse;
+  }
+}
+
+template <int kDim>
+__global__ void __launch_bounds__(kThreads, 1) plain_forward(AttentionArgs a) {
+  DYNAMIC_SHARED(shared);
+  clear_gaps(a, a.out, a.cu_q, a.queries, a.lse, kMinusInf);
+  const Block block(a, false);
+  if (block.first >= block.end) return;
+  float* own = reinterpret_cast<float*>(shared);
+  const AttentionSequence& s = block.s;
+  const AttentionPages& p = a.pages;
+  const int64_t group = a.heads / a.kv_heads, kv_head = blockIdx.y / group;
+  if (p.block_table) {
+    const CachedRows keys{a, s, a.k, p.k_new, p.k_block, kv_head, p.cos != nullptr};
+    const CachedRows values{a, s, a.v, p.v_new, p.v_block, kv_head, false};
+    if (p.k_new.data && blockIdx.y % group == 0) {
+      keys.append(block.first, block.end);
+      values.append(block.first, block.end);
+    }
+    forward<kDim>(a, block, own, keys, values);
+  } else {
+    forward<kDim>(a, block, own, Rows{a.k, a.dtype, s.index, s.first_key, kv_head},
+                  Rows{a.v, a.dtype, s.index, s.first_key, kv_head});
   }
 }
 
 // ---- backward
 
-// delta of a query row, by a warp; 0 if it sees no key.
-IC_GPU float delta_of(const AttentionBackwardArgs& b, const Block& block, int64_t row, Span seen) {
-  const AttentionArgs& a = b.forward;
-  const Row out = QueryRows{a, block, a.out}(row), dout = QueryRows{a, block, b.grad_out}(row);
+// A warp's sum for a row; 0 if it sees no key.
+IC_GPU float delta_of(const AttentionArgs& a, const Row& out, const Row& dout, float dlse,
+                      const Span& seen) {
   float sum = 0.0f;
   for (int d = lane_index(); d < a.dim; d += kWarp)
     sum = fmaf(dout.element(a, d), out.element(a, d), sum);
-  sum = warp_sum(sum) - (b.grad_lse ? b.grad_lse[block.lse_at(a, row)] : 0.0f);
+  sum = warp_sum(sum) - dlse;
   return seen.begin < seen.end ? sum : 0.0f;
 }
 
 template <int kDim, bool kOfKeys>
-__global__ void __launch_bounds__(kThreads) plain_backward(AttentionBackwardArgs b) {
+__global__ void __launch_bounds__(kThreads, 1) plain_backward(AttentionBackwardArgs b) {
   DYNAMIC_SHARED(shared);
   float* own1 = reinterpret_cast<float*>(shared);  // q or k
   float* own2 = own1 + kRows * pitch(kDim);        // dout or v
@@ -383,81 +366,89 @@ __global__ void __launch_bounds__(kThreads) plain_backward(AttentionBackwardArgs
   float* weights = tile + kTile * pitch(kDim);
   const AttentionArgs& a = b.forward;
   if (kOfKeys) {
-    clear_gaps(a, b.grad_k, true);
-    clear_gaps(a, b.grad_v, true);
+    clear_gaps(a, b.grad_k, a.cu_k, a.keys);
+    clear_gaps(a, b.grad_v, a.cu_k, a.keys);
   } else {
-    clear_gaps(a, b.grad_q, false, a.workspace);
+    clear_gaps(a, b.grad_q, a.cu_q, a.queries, a.workspace);
   }
   const Block block(a, kOfKeys);
   if (block.first >= block.end) return;
-  using Own = std::conditional_t<kOfKeys, KeyRows, QueryRows>;
-  using Others = std::conditional_t<kOfKeys, QueryRows, KeyRows>;
-  load_rows<kDim, kRows>(a, own1, block.first, block.end, Own{a, block, kOfKeys ? a.k : a.q});
+  const AttentionSequence& s = block.s;
+  const int64_t group = a.heads / a.kv_heads, kv_head = blockIdx.y / (kOfKeys ? 1 : group);
+  const auto queries = [&](const AttentionTensor& t, int64_t head) {
+    return Rows{t, a.dtype, s.index, s.first_query, head};
+  };
+  const auto keys = [&](const AttentionTensor& t) {
+    return Rows{t, a.dtype, s.index, s.first_key, kv_head};
+  };
+  const int64_t first_head = kOfKeys ? kv_head * group : blockIdx.y;
+  load_rows<kDim, kRows>(a, own1, block.first, block.end,
+                         kOfKeys ? keys(a.k) : queries(a.q, first_head));
   load_rows<kDim, kRows>(a, own2, block.first, block.end,
-                         Own{a, block, kOfKeys ? a.v : b.grad_out});
-  const Others others1{a, block, kOfKeys ? a.q : a.k};
-  const Others others2{a, block, kOfKeys ? b.grad_out : a.v};
+                         kOfKeys ? keys(a.v) : queries(b.grad_out, first_head));
 
-  const LogitRule rule(a, block.s.index, 0);
-  Query query[kOwn];  // the warp's own, or all the lane's
   Span seen[kOwn];
+  float lse[kOwn], delta[kOwn];  // of the warp's own queries; of keys, [0]: of the lane's query
   float grad1[kOwn][kDim / kWarp] = {}, grad2[kOwn][kDim / kWarp] = {};
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
-    const int64_t row = smaller(block.own_row() + i, block.end - 1);
-    seen[i] = block.seen(block.own_row() + i);
-    if (kOfKeys) continue;
-    query[i] = query_of(a, block, row);
-    query[i].lse = a.lse[block.lse_at(a, row)] * kLog2e;
-    query[i].delta = delta_of(b, block, row, block.seen(row));
-    if (lane_index() == 0) a.workspace[block.lse_at(a, row)] = query[i].delta;
+    const int64_t row = block.own_row() + i;
+    seen[i] = seen_by(block, row);
+    if (kOfKeys || row >= block.end) continue;
+    const int64_t at = attention_lse_index(a, s, first_head, row);
+    lse[i] = a.lse[at] * kLog2e;
+    delta[i] = delta_of(a, queries(a.out, first_head)(row), queries(b.grad_out, first_head)(row),
+                        b.grad_lse ? b.grad_lse[at] : 0.0f, seen[i]);
+    if (lane_index() == 0) a.workspace[at] = delta[i];
   }
-
   const float ones[kOwn] = {1.0f, 1.0f, 1.0f, 1.0f};
-  const int end_row = block.seen(block.end - 1).end;
-  for (int row = block.seen(block.first).begin / kTile * kTile; row < end_row; row += kTile) {
-    const int at = row + lane_index();
-    if (kOfKeys) {
-      const int64_t r = smaller(at, block.others() - 1), of_row = block.lse_at(a, r);
-      query[0] = query_of(a, block, r);
-      query[0].lse = a.lse[of_row] * kLog2e;
-      query[0].delta = a.workspace[of_row];
-    }
-    float x[kOwn], p[kOwn], dout_v[kOwn];
-    __syncthreads();
-    const bool odd1 = load_rows<kDim, kTile>(a, tile, row, block.others(), others1);
-    const bool exact1 = __syncthreads_or(odd1);
-    multiply<kDim>(x, own1, tile);
-    __syncthreads();
-    const bool odd2 = load_rows<kDim, kTile>(a, tile, row, block.others(), others2);
-    const bool exact2 = __syncthreads_or(odd2);
-    multiply<kDim>(dout_v, own2, tile);
+  for (int64_t head = first_head; head < first_head + (kOfKeys ? group : 1); ++head) {
+    const LogitRule rule(a, s.index, head);
+    const Rows others1 = kOfKeys ? queries(a.q, head) : keys(a.k);
+    const Rows others2 = kOfKeys ? queries(b.grad_out, head) : keys(a.v);
+    for (int row = block.first_tile(); row < block.end_tile(); row += kTile) {
+      const int at = row + lane_index();
+      if (kOfKeys && at < s.keys) {
+        const int64_t of_query = attention_lse_index(a, s, head, at);
+        lse[0] = a.lse[of_query] * kLog2e;
+        delta[0] = a.workspace[of_query];
+      }
+      float x[kOwn], p[kOwn], dout_v[kOwn], change;
+      __syncthreads();
+      const bool odd1 = load_rows<kDim, kTile>(a, tile, row, s.keys, others1);
+      const bool exact1 = __syncthreads_or(odd1);
+      multiply<kDim>(x, own1, tile);
+      __syncthreads();
+      const bool odd2 = load_rows<kDim, kTile>(a, tile, row, s.keys, others2);
+      const bool exact2 = __syncthreads_or(odd2);
+      multiply<kDim>(dout_v, own2, tile);
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      const Query& of = query[kOfKeys ? 0 : i];
-      const float logit = of.logit(rule, x[i], kOfKeys ? block.own_row() + i : at);
-      const float tanh = rule.softcap > 0.0f ? rule.capped(x[i]) / rule.softcap : 0.0f;
-      p[i] = exp2f(logit - of.lse);
-      x[i] = p[i] * (dout_v[i] - of.delta) * fmaf(-tanh, tanh, 1.0f);  // dlogit, and through tanh
-      if (!seen[i].has(at)) p[i] = x[i] = 0.0f;
+      for (int i = 0; i < kOwn; ++i) {
+        const int64_t distance = s.position(block.own_row() + i) - at;
+        const float logit = logit_of(rule, x[i], distance, &change);
+        p[i] = exp2f(logit - lse[kOfKeys ? 0 : i]);
+        x[i] = p[i] * (dout_v[i] - delta[kOfKeys ? 0 : i]) * change;
+        if (!seen[i].has(at)) p[i] = x[i] = 0.0f;
+      }
+      if (kOfKeys) add_weighted<kDim>(grad2, ones, p, weights, tile, seen, row, exact2);
+      __syncthreads();
+      load_rows<kDim, kTile>(a, tile, row, s.keys, others1);
+      __syncthreads();
+      add_weighted<kDim>(grad1, ones, x, weights, tile, seen, row, exact1);
     }
-    if (kOfKeys) add_weighted<kDim>(grad2, ones, p, weights, tile, seen, row, exact2);
-    __syncthreads();
-    load_rows<kDim, kTile>(a, tile, row, block.others(), others1);
-    __syncthreads();
-    add_weighted<kDim>(grad1, ones, x, weights, tile, seen, row, exact1);
   }
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
     const int64_t row = block.own_row() + i;
     if (row >= block.end) continue;
-    const AttentionTensor& to = kOfKeys ? b.grad_k : b.grad_q;
-    store_row<kDim>(a, to, Own{a, block, to}.at(row), grad1[i], a.scale);
-    if (kOfKeys) store_row<kDim>(a, b.grad_v, Own{a, block, b.grad_v}.at(row), grad2[i], 1.0f);
+    store_row<kDim>(a, kOfKeys ? keys(b.grad_k) : queries(b.grad_q, first_head), row, grad1[i],
+                    a.scale);
+    if (kOfKeys) store_row<kDim>(a, keys(b.grad_v), row, grad2[i], 1.0f);
   }
 }
 
-__global__ void __launch_bounds__(kThreads) plain_sinks(AttentionBackwardArgs b, int64_t batch) {
+// `batch`: of lse. Rows without a key have delta 0.
+__global__ void __launch_bounds__(kThreads, 1) plain_sinks(AttentionBackwardArgs b, int64_t batch) {
   const AttentionArgs& a = b.forward;
   const int64_t head = blockIdx.x;
   const float sink = a.sinks[head];
@@ -465,7 +456,7 @@ __global__ void __launch_bounds__(kThreads) plain_sinks(AttentionBackwardArgs b,
   for (int64_t i = threadIdx.x; i < batch * a.queries; i += kThreads) {
     const int64_t at = (i / a.queries * a.heads + head) * a.queries + i % a.queries;
     const float delta = a.workspace[at];
-    if (delta != 0.0f && sink > kMinusInf)  // rows without a key have no delta
+    if (delta != 0.0f && sink > kMinusInf)
       sum -= static_cast<double>(expf(sink - a.lse[at])) * static_cast<double>(delta);
   }
   sum = block_sum<kWarps>(sum);
@@ -474,33 +465,39 @@ __global__ void __launch_bounds__(kThreads) plain_sinks(AttentionBackwardArgs b,
 
 // ---- launches
 
-// `tiles`: rows of the head dim that a block keeps.
+// The kernel of a's head dim, for `tokens` tokens of `heads` heads, kRows at a time. `tiles`: rows
+// that a block keeps in shared memory.
 template <class Args>
-void launch_blocks(void (*of64)(Args), void (*of128)(Args), void (*of256)(Args), const Args& args,
-                   const AttentionArgs& a, bool of_keys, int tiles, Stream stream) {
-  const int64_t blocks = Block::count(a, of_keys);
-  if (blocks == 0 || a.heads == 0) return;
-  IC_CHECK(blocks <= 0x7fffffff, "attention: too many rows for a launch, got ", blocks, " tiles");
+void launch_plain(void (*of64)(Args), void (*of128)(Args), void (*of256)(Args), const Args& args,
+                  const AttentionArgs& a, const int32_t* cu, int64_t tokens, int64_t heads,
+                  int tiles, Stream stream) {
+  // When packed at least one: also without a sequence there are rows to clear.
+  const int64_t blocks = cu ? packed_tiles(tokens, a.sequences, kRows) + 1
+                            : a.sequences * ((tokens + kRows - 1) / kRows);
+  IC_CHECK(blocks < int64_t{1} << 31 && heads < 65536,
+           "attention: too many rows for one call, got ", a.sequences, " sequences of ", tokens,
+           " tokens and ", heads, " heads");
+  if (blocks == 0 || heads == 0) return;
   const int dim = attention_padded_dim(a.dim);
   launch(dim == 64 ? of64 : dim == 128 ? of128 : of256,
-         dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(a.kv_heads)), dim3(kThreads),
+         dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(heads)), dim3(kThreads),
          (tiles * pitch(dim) + kRows * kTile) * sizeof(float), stream, args);
 }
 
 }  // namespace
 
 void attention_plain_cuda(const AttentionArgs& a, void* stream) {
-  launch_blocks(plain_forward<64>, plain_forward<128>, plain_forward<256>, a, a, false,
-                kRows + kTile, stream);
+  launch_plain(plain_forward<64>, plain_forward<128>, plain_forward<256>, a, a, a.cu_q, a.queries,
+               a.heads, kRows + kTile, stream);
 }
 
 // Queries first: they leave delta for the keys.
 void attention_plain_backward_cuda(const AttentionBackwardArgs& b, void* stream) {
   const AttentionArgs& a = b.forward;
-  launch_blocks(plain_backward<64, false>, plain_backward<128, false>, plain_backward<256, false>,
-                b, a, false, 2 * kRows + kTile, stream);
-  launch_blocks(plain_backward<64, true>, plain_backward<128, true>, plain_backward<256, true>, b,
-                a, true, 2 * kRows + kTile, stream);
+  launch_plain(plain_backward<64, false>, plain_backward<128, false>, plain_backward<256, false>, b,
+               a, a.cu_q, a.queries, a.heads, 2 * kRows + kTile, stream);
+  launch_plain(plain_backward<64, true>, plain_backward<128, true>, plain_backward<256, true>, b, a,
+               a.cu_k, a.keys, a.kv_heads, 2 * kRows + kTile, stream);
   if (b.grad_sinks && a.heads > 0)
     launch(plain_sinks, dim3(static_cast<unsigned>(a.heads)), dim3(kThreads), 0, stream, b,
            a.cu_q ? 1 : a.sequences);
