@@ -67,6 +67,9 @@ struct AdjustedRow : LogitsRow<T> {
   IC_GPU AdjustedRow(const LogitsRow<T>& raw, const SampleArgs& a, int64_t r)
       : LogitsRow<T>(raw), a(a), r(r) {}
 
+  // One way to read it does for any: the other one would double the code, for little.
+  IC_GPU bool aligned() const { return false; }
+
   // kCount logits from y on, of the tokens from i on.
   template <int kCount>
   IC_GPU void adjust(int64_t i, float* y) const {
@@ -168,7 +171,7 @@ IC_GPU Split split_row(const Row& row, float max, ScaledExp exp_of, float low, f
       row.values(raw[v], first + v * kRowStep<Row>, y);
 #pragma unroll
       for (int j = 0; j < Row::kItems; ++j) {
-        const float weight = exp_of(y[j] - max);
+        const float weight = exp_of(fmaxf(y[j] - max, -kLargest));  // -inf times a scale of 0
 #pragma unroll
         for (int p = 0; p < kPivots; ++p) above[p] += y[j] >= pivot[p] ? weight : 0.0f;
         if (y[j] >= low && y[j] <= high) {
@@ -221,8 +224,8 @@ IC_GPU int64_t end_of_ties(const Row& row, float value, int64_t ties) {
 }
 
 // Keeps the shortest prefix of the row in falling order, the lower index first among equals, whose
-// weight reaches `target`, or all of it; one token at least. A token weighs e^(scale (y - max)). What
-// is at or above `low` reaches the target.
+// weight reaches `target`, or all of it; one token at least. A token weighs e^(scale (y - max)), 1
+// with a scale of 0. What is at or above `low` reaches the target, if the row does.
 template <class Row>
 IC_GPU Cut prefix(const KeptRow<Row>& row, float max, float scale, double target, float low) {
   const ScaledExp exp_of(scale);
