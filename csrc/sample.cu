@@ -21,11 +21,12 @@
 // in 200,000 has none and is drawn again without a bar.
 //
 // Bytes: 2 N V with 16-bit logits, 4 N V with float32; 8192 rows of 151936 bfloat16 take 0.52 ms at
-// the 4.8 TB/s of an H200. That is for rows that L2 (50 MB) holds, 130 of that length; beyond, each
-// step reads them from memory: two at temperature 1 without truncation. A draw takes about 25
-// instructions a logit, 20 multiplications of Philox for each four among them: 0.7 ms for those
-// rows at an instruction a clock and scheduler, so plain sampling should take the time of two reads.
-// Bias, penalties and disallowed tokens add 4, 5 and 1 bytes a logit to each step.
+// the 4.8 TB/s of an H200. That is for rows that L2 (50 MB) holds, 160 of that length; beyond, each
+// step reads them from memory: two steps at temperature 1 without truncation, three at another. A
+// draw takes about 25 issue slots a logit, most of them Philox's 20 wide multiplications for four
+// logits: 1.1 ms for those rows, so that plain sampling is bound by the statistics' bandwidth, then
+// by arithmetic, and should take 1.6 ms. Bias, penalties and disallowed tokens add 4, 5 and 1 bytes a
+// logit to each step.
 #include "sample.h"
 
 #include "softmax_row.cuh"
