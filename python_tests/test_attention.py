@@ -560,7 +560,7 @@ def test_paged_matches_reference(device, dtype, cache_dtype, turn):
 
 
 HALVES = [torch.bfloat16, torch.float16]
-# What the kernels on tensor cores have to tell apart: (held, new, paged()'s settings, options, turn)
+# What the kernels on tensor cores tell apart: (held, new, paged()'s settings, options, turn)
 PAGED = {
     "decode": ([1100, 37, 512, 511], [1, 1, 1, 1], {"dim": 64, "size": 16}, "causal", ""),
     "grouped_by_4": (
@@ -634,7 +634,9 @@ def test_paged_deterministic(device, dtype, threads):
 def test_paged_reads_only_its_own(device, dtype):
     """NaN in free blocks, in rows past a sequence's end and in hidden keys reaches nobody."""
     held, new = [530, 12, 70], [1, 20, 3]
-    (q, *caches, table, lengths, cu), added = paged(held, new, dtype, device=device, dim=64, size=48)
+    (q, *caches, table, lengths, cu), added = paged(
+        held, new, dtype, device=device, dim=64, size=48
+    )
     options = {**added, "window": (40, 0)}
     results = []
     for poisoned in (False, True):
