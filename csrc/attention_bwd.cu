@@ -84,16 +84,6 @@ struct Work {
   Reach all, of_warp[kRowWarps];
 };
 
-IC_GPU AttentionSequence mirrored(const AttentionSequence& s) {
-  AttentionSequence m = s;
-  m.queries = s.keys;
-  m.keys = s.queries;
-  m.position0 = -s.position0;
-  m.left = s.right;
-  m.right = s.left;
-  return m;
-}
-
 // Tiles of `rows` in a tensor of `tokens`.
 inline int64_t tiles_of(const int32_t* cu, int64_t tokens, int64_t sequences, int64_t rows) {
   return cu ? packed_tiles(tokens, sequences, rows) : sequences * ((tokens + rows - 1) / rows);
@@ -212,16 +202,16 @@ IC_GPU void store_rows(const float (&sums)[kRowTiles][kDim / 8][4], float scale,
 
 constexpr int kSumThreads = 256, kSinkThreads = 512;
 
-// Rows of a packed tensor that belong to no sequence.
-IC_GPU void clear_gaps(const AttentionTensor& t, const int32_t* cu, int64_t sequences,
-                       int64_t tokens, int64_t heads, int64_t dim) {
-  const int64_t begin = cu[0], end = cu[sequences], chunks = heads * (dim / 8);
+// Rows of a packed gradient that belong to no sequence; its heads lie side by side.
+IC_GPU void clear_gaps(const AttentionTensor& t, const int32_t* cu, const AttentionArgs& a,
+                       int64_t tokens, int64_t heads) {
+  const int64_t begin = cu[0], end = cu[a.sequences], chunks = heads * a.dim / 8;
+#pragma unroll 1
   for (int64_t gap = blockIdx.x; gap < begin + tokens - end; gap += gridDim.x) {
     const int64_t row = gap < begin ? gap : end + gap - begin;
-    uint16_t* to = static_cast<uint16_t*>(t.data) + row * t.token;
-    for (int64_t i = threadIdx.x; i < chunks; i += kSumThreads)
-      *reinterpret_cast<uint4*>(to + i / (dim / 8) * t.head + i % (dim / 8) * 8) =
-          make_uint4(0, 0, 0, 0);
+    uint4* to = reinterpret_cast<uint4*>(static_cast<uint16_t*>(t.data) + row * t.token);
+#pragma unroll 1
+    for (int64_t i = threadIdx.x; i < chunks; i += kSumThreads) to[i] = make_uint4(0, 0, 0, 0);
   }
 }
 
@@ -256,47 +246,49 @@ IC_GPU int64_t sequence_of(const int32_t* cu, int64_t sequences, int64_t n) {
   return sequences > 0 && cu[b] <= n && n < cu[b + 1] ? b : -1;
 }
 
-// kDim / 8 lanes for each row.
+// kDim / 8 lanes for each row, less than 2^31 rows.
 template <class T, int kDim>
 __global__ void __launch_bounds__(kSumThreads)
-    row_sums(const AttentionBackwardArgs args, int64_t rows) {
-  constexpr int kLanes = kDim / 8;
+    row_sums(const AttentionBackwardArgs args, uint32_t rows) {
+  constexpr uint32_t kLanes = kDim / 8;
   const AttentionArgs& a = args.forward;
-  if (a.cu_q) clear_gaps(args.grad_q, a.cu_q, a.sequences, a.queries, a.heads, a.dim);
+  if (a.cu_q) clear_gaps(args.grad_q, a.cu_q, a, a.queries, a.heads);
   if (a.cu_k) {
-    clear_gaps(args.grad_k, a.cu_k, a.sequences, a.keys, a.kv_heads, a.dim);
-    clear_gaps(args.grad_v, a.cu_k, a.sequences, a.keys, a.kv_heads, a.dim);
+    clear_gaps(args.grad_k, a.cu_k, a, a.keys, a.kv_heads);
+    clear_gaps(args.grad_v, a.cu_k, a, a.keys, a.kv_heads);
   }
-  const int64_t index = (int64_t{blockIdx.x} * kSumThreads + threadIdx.x) / kLanes;
-  const int lane = static_cast<int>(threadIdx.x) % kLanes;
-  const int64_t head = index % a.heads, token = index / a.heads;
-  int64_t b = -1;
-  if (index < rows) b = a.cu_q ? sequence_of(a.cu_q, a.sequences, token) : token / a.queries;
-  const bool sees = [&] {
-    if (b < 0) return false;
+  const uint32_t row = blockIdx.x * (kSumThreads / kLanes) + threadIdx.x / kLanes;
+  const int lane = static_cast<int>(threadIdx.x % kLanes);
+  const uint32_t token = row / static_cast<uint32_t>(a.heads);
+  const int64_t head = row - token * static_cast<uint32_t>(a.heads);
+  int64_t b = -1, t = token;
+  if (row < rows && a.cu_q) {
+    b = sequence_of(a.cu_q, a.sequences, token);
+    if (b >= 0) t -= a.cu_q[b];
+  } else if (row < rows) {
+    b = token / static_cast<uint32_t>(a.queries);
+    t -= b * a.queries;
+  }
+  bool sees = b >= 0;
+  float sum = 0.0f;
+  int64_t to = head * a.queries + token;  // of a packed tensor
+  if (sees) {
     AttentionSequence s = attention_sequence(a, b);
     s.group = 1;
-    const int64_t t = token - attention_first_token(a, s);
-    return s.end_seen(t) > s.first_seen(t);
-  }();
-  float sum = 0.0f;
-  if (sees && lane * 8 < a.dim) {
-    const int64_t t = a.cu_q ? token : token % a.queries;
-    const auto at = [&](const AttentionTensor& x) {
-      return static_cast<const uint16_t*>(x.data) + b * x.batch + t * x.token + head * x.head +
-             lane * 8;
-    };
-    float x[8], y[8];
-    load8<T>(x, at(args.grad_out), aligned_rows(args.grad_out));
-    load8<T>(y, at(a.out), true);
+    sees = s.end_seen(t) > s.first_seen(t);
+    to = attention_lse_index(a, s, head, t);
+    if (sees && lane * 8 < a.dim) {
+      const int64_t from = s.first_query + t;
+      float x[8], y[8];
+      load8<T>(x, row_of(args.grad_out, s, from, head) + lane * 8, aligned_rows(args.grad_out));
+      load8<T>(y, row_of(a.out, s, from, head) + lane * 8, true);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) sum = fmaf(x[e], y[e], sum);
+      for (int e = 0; e < 8; ++e) sum = fmaf(x[e], y[e], sum);
+    }
   }
 #pragma unroll
   for (int offset = kLanes / 2; offset > 0; offset /= 2) sum += shuffle_xor(sum, offset);
-  if (lane != 0 || index >= rows) return;
-  const int64_t to = a.cu_q ? head * a.queries + token
-                            : (b * a.heads + head) * a.queries + token % a.queries;
+  if (lane != 0 || row >= rows) return;
   a.workspace[to] = !sees ? 0.0f : args.grad_lse ? sum - args.grad_lse[to] : sum;
 }
 
@@ -544,8 +536,9 @@ __global__ void __launch_bounds__(QueryShape<kDim>::kThreads, QueryShape<kDim>::
   if (block.first_tile() < block.end_tile()) load(block.first_tile());
   cp_async_commit();
 
-  if (static_cast<int>(threadIdx.x) < work->rows) {
-    const int64_t at = attention_lse_index(a, s, work->head, work->row + threadIdx.x);
+  if (threadIdx.x < S::kRows) {
+    const int64_t t = min(work->row + threadIdx.x, s.queries - 1);
+    const int64_t at = attention_lse_index(a, s, work->head, t);
     of_row[threadIdx.x] = make_float2(a.lse[at] * kLog2e, a.workspace[at]);
   }
   float sums[S::kRowTiles][kDim / 8][4] = {};
@@ -606,7 +599,8 @@ struct Launch {
              " bytes of shared memory, this GPU has ", most);
     // At least one block: a packed tensor without a sequence has rows to clear.
     const int64_t rows = (a.cu_q ? 1 : a.sequences) * a.queries * a.heads;
-    launch(row_sums<T, kDim>, grid(rows * (kDim / 8) / kSumThreads + 1), dim3(kSumThreads), 0,
+    constexpr int kSumRows = kSumThreads / (kDim / 8);
+    launch(row_sums<T, kDim>, grid((rows + kSumRows) / kSumRows, rows), dim3(kSumThreads), 0,
            stream, args, rows);
     if (args.grad_sinks)
       launch(sum_sinks, grid(a.heads), dim3(kSinkThreads), 0, stream, args);
@@ -620,10 +614,10 @@ struct Launch {
              stream, args, queries);
   }
 
-  dim3 grid(int64_t blocks) const {
+  dim3 grid(int64_t blocks, int64_t rows = 0) const {
     const AttentionArgs& a = args.forward;
-    IC_CHECK(blocks < int64_t{1} << 31, "attention: too many rows for one call, got ", a.sequences,
-             " sequences of ", a.queries, " queries and ", a.heads, " heads");
+    IC_CHECK((blocks | rows) < int64_t{1} << 31, "attention: too many rows for one call, got ",
+             a.sequences, " sequences of ", a.queries, " queries and ", a.heads, " heads");
     return dim3(static_cast<unsigned>(blocks));
   }
 };

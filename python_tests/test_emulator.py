@@ -163,6 +163,14 @@ KERNEL_BUGS = {
         *("sample", "sample.cu", "if (best > draw.bar || draw.bar == kMinusInf)\n", ""),
         *("fast", "test_noise_far_below", WRONG),
     ),
+    "weights_passed_too_early": KernelBug(
+        *("attention", "attention_bwd.cu", "    if constexpr (S::kLag == 0) __syncthreads();\n"),
+        *("", "check", "test_gradients_in_16_bits and 256 and full", "shared memory"),
+    ),
+    "tile_of_the_wrong_head": KernelBug(
+        *("attention", "attention_bwd.cu", "TileAt{head + 1, first}", "TileAt{head, first}"),
+        *("fast", "test_gradients_in_16_bits and 80 and full", WRONG),
+    ),
     "bracket_below_the_least": KernelBug(
         *("sample", "sample.cu", "below >= s.least && below < high", "below < high"),
         *("fast", "test_matches", WRONG),
