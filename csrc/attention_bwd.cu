@@ -202,16 +202,16 @@ IC_GPU void store_rows(const float (&sums)[kRowTiles][kDim / 8][4], float scale,
 
 constexpr int kSumThreads = 256, kSinkThreads = 512;
 
-// Rows of a packed tensor that belong to no sequence.
-IC_GPU void clear_gaps(const AttentionTensor& t, const int32_t* cu, int64_t sequences,
-                       int64_t tokens, int64_t heads, int64_t dim) {
-  const int64_t begin = cu[0], end = cu[sequences], chunks = heads * (dim / 8);
+// Rows of a packed gradient that belong to no sequence; its heads lie side by side.
+IC_GPU void clear_gaps(const AttentionTensor& t, const int32_t* cu, const AttentionArgs& a,
+                       int64_t tokens, int64_t heads) {
+  const int64_t begin = cu[0], end = cu[a.sequences], chunks = heads * a.dim / 8;
+#pragma unroll 1
   for (int64_t gap = blockIdx.x; gap < begin + tokens - end; gap += gridDim.x) {
     const int64_t row = gap < begin ? gap : end + gap - begin;
-    uint16_t* to = static_cast<uint16_t*>(t.data) + row * t.token;
-    for (int64_t i = threadIdx.x; i < chunks; i += kSumThreads)
-      *reinterpret_cast<uint4*>(to + i / (dim / 8) * t.head + i % (dim / 8) * 8) =
-          make_uint4(0, 0, 0, 0);
+    uint4* to = reinterpret_cast<uint4*>(static_cast<uint16_t*>(t.data) + row * t.token);
+#pragma unroll 1
+    for (int64_t i = threadIdx.x; i < chunks; i += kSumThreads) to[i] = make_uint4(0, 0, 0, 0);
   }
 }
 
@@ -246,47 +246,49 @@ IC_GPU int64_t sequence_of(const int32_t* cu, int64_t sequences, int64_t n) {
   return sequences > 0 && cu[b] <= n && n < cu[b + 1] ? b : -1;
 }
 
-// kDim / 8 lanes for each row.
+// kDim / 8 lanes for each row, less than 2^31 rows.
 template <class T, int kDim>
 __global__ void __launch_bounds__(kSumThreads)
-    row_sums(const AttentionBackwardArgs args, int64_t rows) {
-  constexpr int kLanes = kDim / 8;
+    row_sums(const AttentionBackwardArgs args, uint32_t rows) {
+  constexpr uint32_t kLanes = kDim / 8;
   const AttentionArgs& a = args.forward;
-  if (a.cu_q) clear_gaps(args.grad_q, a.cu_q, a.sequences, a.queries, a.heads, a.dim);
+  if (a.cu_q) clear_gaps(args.grad_q, a.cu_q, a, a.queries, a.heads);
   if (a.cu_k) {
-    clear_gaps(args.grad_k, a.cu_k, a.sequences, a.keys, a.kv_heads, a.dim);
-    clear_gaps(args.grad_v, a.cu_k, a.sequences, a.keys, a.kv_heads, a.dim);
+    clear_gaps(args.grad_k, a.cu_k, a, a.keys, a.kv_heads);
+    clear_gaps(args.grad_v, a.cu_k, a, a.keys, a.kv_heads);
   }
-  const int64_t index = (int64_t{blockIdx.x} * kSumThreads + threadIdx.x) / kLanes;
-  const int lane = static_cast<int>(threadIdx.x) % kLanes;
-  const int64_t head = index % a.heads, token = index / a.heads;
-  int64_t b = -1;
-  if (index < rows) b = a.cu_q ? sequence_of(a.cu_q, a.sequences, token) : token / a.queries;
-  const bool sees = [&] {
-    if (b < 0) return false;
+  const uint32_t row = blockIdx.x * (kSumThreads / kLanes) + threadIdx.x / kLanes;
+  const int lane = static_cast<int>(threadIdx.x % kLanes);
+  const uint32_t token = row / static_cast<uint32_t>(a.heads);
+  const int64_t head = row - token * static_cast<uint32_t>(a.heads);
+  int64_t b = -1, t = token;
+  if (row < rows && a.cu_q) {
+    b = sequence_of(a.cu_q, a.sequences, token);
+    if (b >= 0) t -= a.cu_q[b];
+  } else if (row < rows) {
+    b = token / static_cast<uint32_t>(a.queries);
+    t -= b * a.queries;
+  }
+  bool sees = b >= 0;
+  float sum = 0.0f;
+  int64_t to = head * a.queries + token;  // of a packed tensor
+  if (sees) {
     AttentionSequence s = attention_sequence(a, b);
     s.group = 1;
-    const int64_t t = token - attention_first_token(a, s);
-    return s.end_seen(t) > s.first_seen(t);
-  }();
-  float sum = 0.0f;
-  if (sees && lane * 8 < a.dim) {
-    const int64_t t = a.cu_q ? token : token % a.queries;
-    const auto at = [&](const AttentionTensor& x) {
-      return static_cast<const uint16_t*>(x.data) + b * x.batch + t * x.token + head * x.head +
-             lane * 8;
-    };
-    float x[8], y[8];
-    load8<T>(x, at(args.grad_out), aligned_rows(args.grad_out));
-    load8<T>(y, at(a.out), true);
+    sees = s.end_seen(t) > s.first_seen(t);
+    to = attention_lse_index(a, s, head, t);
+    if (sees && lane * 8 < a.dim) {
+      const int64_t from = s.first_query + t;
+      float x[8], y[8];
+      load8<T>(x, row_of(args.grad_out, s, from, head) + lane * 8, aligned_rows(args.grad_out));
+      load8<T>(y, row_of(a.out, s, from, head) + lane * 8, true);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) sum = fmaf(x[e], y[e], sum);
+      for (int e = 0; e < 8; ++e) sum = fmaf(x[e], y[e], sum);
+    }
   }
 #pragma unroll
   for (int offset = kLanes / 2; offset > 0; offset /= 2) sum += shuffle_xor(sum, offset);
-  if (lane != 0 || index >= rows) return;
-  const int64_t to = a.cu_q ? head * a.queries + token
-                            : (b * a.heads + head) * a.queries + token % a.queries;
+  if (lane != 0 || row >= rows) return;
   a.workspace[to] = !sees ? 0.0f : args.grad_lse ? sum - args.grad_lse[to] : sum;
 }
 
@@ -312,11 +314,11 @@ __global__ void __launch_bounds__(kSinkThreads) sum_sinks(const AttentionBackwar
 
 // ---- dk and dv: rows are keys, columns queries
 
-// Products of k and q become p; p times softcap' goes to `passed`. lse: of the thread's columns.
+// Products of k and q become p; p times softcap' goes to `passed`. lse: from the
+// thread's first column on.
 template <bool kPlain, int kThreads, int kRowTiles>
 IC_GPU void to_weights(float (&x)[kRowTiles][kTileColumns][4], float4* passed,
-                       const LogitRule& rule, const float (&lse)[2 * kTileColumns], int column,
-                       const RowsSeen& seen) {
+                       const LogitRule& rule, const float* lse, int column, const RowsSeen& seen) {
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
@@ -325,7 +327,7 @@ IC_GPU void to_weights(float (&x)[kRowTiles][kTileColumns][4], float4* passed,
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int distance = seen.position(i, e / 2) - (column + 8 * j + e % 2);
-        x[i][j][e] = weight_of<kPlain>(rule, x[i][j][e], distance, lse[2 * j + e % 2], &change[e]);
+        x[i][j][e] = weight_of<kPlain>(rule, x[i][j][e], distance, lse[8 * j + e % 2], &change[e]);
       }
       passed[(i * kTileColumns + j) * kThreads] =
           make_float4(change[0], change[1], change[2], change[3]);
@@ -336,7 +338,7 @@ IC_GPU void to_weights(float (&x)[kRowTiles][kTileColumns][4], float4* passed,
 // Products of v and dout become dlogit, by what to_weights passed.
 template <int kThreads, int kRowTiles>
 IC_GPU void to_changes(float (&x)[kRowTiles][kTileColumns][4], const float4* passed,
-                       const float (&delta)[2 * kTileColumns]) {
+                       const float* delta) {
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
@@ -345,15 +347,14 @@ IC_GPU void to_changes(float (&x)[kRowTiles][kTileColumns][4], const float4* pas
       const float change[4] = {all.x, all.y, all.z, all.w};
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        x[i][j][e] = change[e] * (x[i][j][e] - delta[2 * j + e % 2]);
+        x[i][j][e] = change[e] * (x[i][j][e] - delta[8 * j + e % 2]);
     }
   }
 }
 
 // A tile of queries: of which head, from which on.
 struct TileAt {
-  int64_t head;
-  int column;
+  int head, column;
 
   // Through all tiles of a head, then the next head.
   IC_GPU TileAt next(int first, int end) const {
@@ -368,6 +369,7 @@ __global__ void __launch_bounds__(KeyShape<kDim>::kThreads, KeyShape<kDim>::kBlo
   constexpr int kPairs = kRowWarps * kWarp;  // of a thread that forms p and one that forms dlogit
   DYNAMIC_SHARED(shared);
   SHARED_ARRAY(Work, work, 1);
+  SHARED_ARRAY(float, of_columns, S::kStages * 2 * kTile);  // lse in units of log 2, then delta
   const AttentionArgs& a = args.forward;
   if (threadIdx.x == 0) find_work<true>(a, tiles, S::kRows, work);
   __syncthreads();
@@ -381,8 +383,6 @@ __global__ void __launch_bounds__(KeyShape<kDim>::kThreads, KeyShape<kDim>::kBlo
   float4* const passed = reinterpret_cast<float4*>(stages + S::kStages * 2 * S::kTileBytes) +
                          threadIdx.x % kPairs;
   const Reach &block = work->all, &warp = work->of_warp[warp_index() % kRowWarps];
-  const RowsSeen seen(s, work->row + tile_row);
-
   const auto stage = [&](int n) { return stages + n % S::kStages * (2 * S::kTileBytes); };
   const auto load = [&](int n, TileAt at) {
     const int64_t token = s.first_query + at.column;
@@ -391,16 +391,29 @@ __global__ void __launch_bounds__(KeyShape<kDim>::kThreads, KeyShape<kDim>::kBlo
     load_rows<kDim, kTile, S::kThreads>(stage(n) + S::kTileBytes, args.grad_out,
                                         row_of(args.grad_out, s, token, at.head), rows, a.dim);
   };
-  const int64_t group = a.heads / a.kv_heads;
+  // A thread's part of tile n's lse and delta, to be put in place later.
+  const auto load_column = [&](TileAt at) {
+    const int thread = static_cast<int>(threadIdx.x), t = at.column + thread % kTile;
+    if (thread >= 2 * kTile || t >= s.keys) return 0.0f;
+    const int64_t index = attention_lse_index(a, s, at.head, t);
+    return thread < kTile ? a.lse[index] * kLog2e : a.workspace[index];
+  };
+  const auto put_column = [&](int n, float value) {
+    if (threadIdx.x < 2 * kTile) of_columns[n % S::kStages * 2 * kTile + threadIdx.x] = value;
+  };
+  const int group = static_cast<int>(a.heads / a.kv_heads);
   const int first = block.first_tile() * kTile;
-  const int count = max(block.end_tile() - block.first_tile(), 0) * static_cast<int>(group);
-  TileAt at{work->head * group, first}, at_before = at;
+  const int count = max(block.end_tile() - block.first_tile(), 0) * group;
+  TileAt at{static_cast<int>(work->head) * group, first}, at_before = at;
   const int64_t token = s.first_key + work->row;
   load_rows<kDim, S::kRows, S::kThreads>(shared, a.k, row_of(a.k, s, token, work->head),
                                          work->rows, a.dim);
   load_rows<kDim, S::kRows, S::kThreads>(shared + S::kRowBytes, a.v,
                                          row_of(a.v, s, token, work->head), work->rows, a.dim);
-  if (count > 0) load(0, at);
+  if (count > 0) {
+    load(0, at);
+    put_column(0, load_column(at));
+  }
   cp_async_commit();
 
   float sums[S::kRowTiles][kDim / 8][4] = {};
@@ -409,12 +422,16 @@ __global__ void __launch_bounds__(KeyShape<kDim>::kThreads, KeyShape<kDim>::kBlo
     cp_async_wait<0>();
     __syncthreads();
     const TileAt at_next = at.next(first, block.end);
-    if (n + 1 < count) load(n + 1, at_next);
+    float of_next = 0.0f;
+    if (n + 1 < count) {
+      load(n + 1, at_next);
+      of_next = load_column(at_next);
+    }
     cp_async_commit();
     if (n < count && block.partial(at.column) &&
         __syncthreads_or(any_not_finite<T, kDim, 2 * kTile, S::kThreads>(stage(n)))) {
-      mark_not_finite<T, kDim>(sums, stage(n) + (of_keys ? 0 : S::kTileBytes), 0, at.column, seen,
-                               kTile);
+      mark_not_finite<T, kDim>(sums, stage(n) + (of_keys ? 0 : S::kTileBytes), 0, at.column,
+                               RowsSeen(s, work->row + tile_row), kTile);
       __syncthreads();
       clear_not_finite<T, kDim, 2 * kTile, S::kThreads>(stage(n));
       __syncthreads();
@@ -426,19 +443,15 @@ __global__ void __launch_bounds__(KeyShape<kDim>::kThreads, KeyShape<kDim>::kBlo
     const uint32_t queries = smem_address(stage(max(m, 0))), douts = queries + S::kTileBytes;
     const int column = here.column + lane_index() % 4 * 2;
     float4* const slot = passed + (m & S::kLag) * (S::kPassedBytes / 16);
+    const float* const of_column = of_columns +
+                                   (max(m, 0) % S::kStages * 2 + of_keys) * kTile +
+                                   lane_index() % 4 * 2;
     float x[S::kRowTiles][kTileColumns][4] = {};
-    float of_column[2 * kTileColumns];  // lse or delta
     if (works) {
-      const float* from = of_keys ? a.workspace : a.lse;
-      from += attention_lse_index(a, s, here.head, 0);
-#pragma unroll
-      for (int e = 0; e < 2 * kTileColumns; ++e)
-        of_column[e] = from[min(column + e / 2 * 8 + e % 2, static_cast<int>(s.keys) - 1)];
-      const LogitRule rule(a, s.index, here.head);
       multiply_rows<T, kDim>(x, smem_address(own), tile_row, of_keys ? douts : queries);
       if (!of_keys) {
-#pragma unroll
-        for (int e = 0; e < 2 * kTileColumns; ++e) of_column[e] *= kLog2e;
+        const RowsSeen seen(s, work->row + tile_row);
+        const LogitRule rule(a, s.index, here.head);
         if (rule.plain()) {
           to_weights<true, kPairs>(x, slot, rule, of_column, column, seen);
         } else {
@@ -449,9 +462,10 @@ __global__ void __launch_bounds__(KeyShape<kDim>::kThreads, KeyShape<kDim>::kBlo
     if constexpr (S::kLag == 0) __syncthreads();
     if (works) {
       if (of_keys) to_changes<kPairs>(x, slot, of_column);
-      if (warp.partial(here.column)) hide(x, column, seen);
+      if (warp.partial(here.column)) hide(x, column, RowsSeen(s, work->row + tile_row));
       multiply_values<T, kDim>(sums, x, of_keys ? queries : douts, 0);
     }
+    if (n + 1 < count) put_column(n + 1, of_next);
     at_before = at;
     at = at_next;
   }
@@ -522,8 +536,9 @@ __global__ void __launch_bounds__(QueryShape<kDim>::kThreads, QueryShape<kDim>::
   if (block.first_tile() < block.end_tile()) load(block.first_tile());
   cp_async_commit();
 
-  if (static_cast<int>(threadIdx.x) < work->rows) {
-    const int64_t at = attention_lse_index(a, s, work->head, work->row + threadIdx.x);
+  if (threadIdx.x < S::kRows) {
+    const int64_t t = min(work->row + threadIdx.x, s.queries - 1);
+    const int64_t at = attention_lse_index(a, s, work->head, t);
     of_row[threadIdx.x] = make_float2(a.lse[at] * kLog2e, a.workspace[at]);
   }
   float sums[S::kRowTiles][kDim / 8][4] = {};
@@ -584,7 +599,8 @@ struct Launch {
              " bytes of shared memory, this GPU has ", most);
     // At least one block: a packed tensor without a sequence has rows to clear.
     const int64_t rows = (a.cu_q ? 1 : a.sequences) * a.queries * a.heads;
-    launch(row_sums<T, kDim>, grid(rows * (kDim / 8) / kSumThreads + 1), dim3(kSumThreads), 0,
+    constexpr int kSumRows = kSumThreads / (kDim / 8);
+    launch(row_sums<T, kDim>, grid((rows + kSumRows) / kSumRows, rows), dim3(kSumThreads), 0,
            stream, args, rows);
     if (args.grad_sinks)
       launch(sum_sinks, grid(a.heads), dim3(kSinkThreads), 0, stream, args);
@@ -598,10 +614,10 @@ struct Launch {
              stream, args, queries);
   }
 
-  dim3 grid(int64_t blocks) const {
+  dim3 grid(int64_t blocks, int64_t rows = 0) const {
     const AttentionArgs& a = args.forward;
-    IC_CHECK(blocks < int64_t{1} << 31, "attention: too many rows for one call, got ", a.sequences,
-             " sequences of ", a.queries, " queries and ", a.heads, " heads");
+    IC_CHECK((blocks | rows) < int64_t{1} << 31, "attention: too many rows for one call, got ",
+             a.sequences, " sequences of ", a.queries, " queries and ", a.heads, " heads");
     return dim3(static_cast<unsigned>(blocks));
   }
 };

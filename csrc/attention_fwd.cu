@@ -152,6 +152,7 @@ class Tile {
       set_aside = true;
     }
     cp_async_wait<0>();
+    __syncthreads();  // where there was no tile, queries may still arrive
     finish(fold, o);
   }
 

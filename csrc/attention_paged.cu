@@ -36,7 +36,7 @@ constexpr int kSharedRows = 16;  // up to so many are in every warp
 
 template <int kDim>
 struct Shape {
-  static constexpr int kBlocks = kDim == 64 ? 4 : kDim == 128 ? 2 : 1;  // on a multiprocessor
+  static constexpr int kBlocks = kDim == 64 ? 3 : kDim == 128 ? 2 : 1;  // on a multiprocessor
   static constexpr int kTileBytes = kKeyTile * kDim * 2;
   static constexpr int kPlaces = 2 * kKeyTile;  // of a tile's keys and values
   static constexpr int kSharedBytes =
@@ -69,6 +69,7 @@ struct Work {
   int64_t slot;  // of its first row; -1: the block ends its rows itself
   int rows, held;
   int first_tile, end_tile;
+  int all_from, all_to;  // what every row sees
   TokenSlots tokens;  // of token 0; `segments` is -1 where another unit tells
 };
 
@@ -107,25 +108,38 @@ IC_GPU int64_t block_scan(int64_t value, int64_t* total) {
   return value;
 }
 
-// Finds units by their numbers, which increase from call to call. Sequences are counted kThreads at
-// a time, by a thread each. All threads of the block call it.
+// Sequences are counted kThreads at a time, by a thread each.
+struct Counts {
+  int first[kThreads + 1];  // unit of each of them, and of the next
+  int next;                 // sequence
+  int64_t slots_left;       // that it and those after it would take
+};
+
+// Finds units by their numbers, which increase from call to call. All threads of the block call it.
 class Units {
  public:
-  IC_GPU Units(const AttentionArgs& args, int64_t capacity) : a_(args), capacity_(capacity) {
+  IC_GPU Units(const AttentionArgs& args, int64_t capacity, Counts* counts)
+      : a_(args), capacity_(capacity), counts_(*counts) {
     int64_t slots = 0;
     if (capacity > 0)
       for (int64_t b = threadIdx.x; b < a_.sequences; b += kThreads)
         slots += slots_of(attention_sequence(a_, b));
-    slots_left_ = block_sum<kWarps>(slots);
+    slots = block_sum<kWarps>(slots);
+    if (threadIdx.x == 0) {
+      counts_.first[kThreads] = counts_.next = 0;
+      counts_.slots_left = slots;
+    }
+    __syncthreads();
   }
 
   // False: there is no such unit. After a barrier *work is there for all.
   IC_GPU bool find(int unit, Work* work) {
-    while (unit >= end_) {
-      if (next_ >= a_.sequences) return false;
+    while (unit >= counts_.first[kThreads]) {
+      if (counts_.next >= a_.sequences) return false;
       count();
     }
-    if (unit >= first_ && unit < first_ + units_) fill(unit - first_, work);
+    const int first = counts_.first[threadIdx.x];
+    if (unit >= first && unit < counts_.first[threadIdx.x + 1]) fill(unit - first, work);
     return true;
   }
 
@@ -140,33 +154,38 @@ class Units {
     return (s.rows() + kRows - 1) / kRows;
   }
 
-  // This thread's sequence of the next kThreads.
+  // The next kThreads sequences.
   IC_GPU void count() {
-    next_ += kThreads;
-    int64_t slots = 0, tiles = 0, segments = 0;
-    if (index() < a_.sequences) {
-      const AttentionSequence s = attention_sequence(a_, index());
+    const int before = counts_.first[kThreads], next = counts_.next;
+    const int64_t left = counts_.slots_left, b = int64_t{next} + threadIdx.x;
+    int64_t slots = 0, units = 0, segments = 0, total;
+    if (b < a_.sequences) {
+      const AttentionSequence s = attention_sequence(a_, b);
       slots = capacity_ > 0 ? slots_of(s) : 0;
-      tiles = row_tiles(s);
-      if (slots > 0) segments = slots / (a_.kv_heads * s.rows());
+      segments = slots > 0 ? slots / (a_.kv_heads * s.rows()) : 0;
+      units = row_tiles(s);
     }
-    int64_t total;
     // Those that get slots are the last: units of the others take longer, and come first.
-    const int64_t after = slots_left_ - block_scan(slots, &total);
-    slots_left_ -= total;
+    const int64_t after = left - block_scan(slots, &total);
+    const int64_t left_then = left - total;
     slot_ = slots > 0 && after + slots <= capacity_ ? static_cast<int>(after) : -1;
-    units_ = static_cast<int>(a_.kv_heads * (slot_ < 0 ? tiles : segments));
-    first_ = end_ + static_cast<int>(block_scan(units_, &total)) - units_;
-    end_ += static_cast<int>(total);
+    if (slot_ >= 0) units = segments;
+    const int end = before + static_cast<int>(block_scan(units * a_.kv_heads, &total));
+    counts_.first[threadIdx.x + 1] = end;
+    if (threadIdx.x == 0) {
+      counts_.first[0] = before;
+      counts_.next = next + kThreads;
+      counts_.slots_left = left_then;
+    }
+    __syncthreads();
   }
 
-  IC_GPU int index() const { return next_ - kThreads + static_cast<int>(threadIdx.x); }
-
   IC_GPU void fill(int unit, Work* w) const {
-    const AttentionSequence s = attention_sequence(a_, index());
+    const int b = counts_.next - kThreads + static_cast<int>(threadIdx.x);
+    const AttentionSequence s = attention_sequence(a_, b);
     const int kv_heads = static_cast<int>(a_.kv_heads), part = unit / kv_heads;
     w->kv_head = unit % kv_heads;
-    w->held = a_.pages.cache_seqlens[index()];
+    w->held = a_.pages.cache_seqlens[b];
     w->slot = -1;
     w->row = slot_ < 0 ? (row_tiles(s) - 1 - part) * kRows : 0;  // the last rows see most
     w->rows = static_cast<int>(min(s.rows() - w->row, int64_t{kRows}));
@@ -182,14 +201,15 @@ class Units {
       w->slot = slot_ + (w->kv_head * segments + part) * w->rows;
       if (w->tokens.segments == 0) w->tokens = {slot_, w->rows, segments};
     }
+    w->all_from = static_cast<int>(s.first_seen(w->row + w->rows - 1));
+    w->all_to = static_cast<int>(s.end_seen(w->row));
     w->sequence = s;
   }
 
   const AttentionArgs& a_;
   const int64_t capacity_;
-  int64_t slots_left_;
-  int next_ = 0, end_ = 0;                         // end_: units of the sequences so far
-  int slot_ = -1, first_ = 0, units_ = 0;  // of this thread's sequence, next_ - kThreads + threadIdx.x
+  Counts& counts_;
+  int slot_ = -1;  // the first of this thread's sequence
 };
 
 // ---- rows, four elements at a time
@@ -285,10 +305,8 @@ class Tile {
   IC_GPU void run() {
     const AttentionSequence& s = w_.sequence;
     const int first_tile = w_.first_tile, end_tile = w_.end_tile;
-    const int64_t last = w_.row + w_.rows - 1, warp_row = w_.row + tile_row_;
-    // What every row sees, and what any row of this warp sees.
-    const int all_from = static_cast<int>(s.first_seen(last));
-    const int all_to = static_cast<int>(s.end_seen(w_.row));
+    const int64_t warp_row = w_.row + tile_row_;
+    // What any row of this warp sees.
     const int warp_from = static_cast<int>(s.first_seen(warp_row));
     const int warp_to = tile_row_ < w_.rows ? static_cast<int>(s.end_seen(warp_row + 15)) : 0;
 
@@ -297,7 +315,6 @@ class Tile {
     Outputs o = {};
     Fold fold;
     fold.clear();
-    bool set_aside = false;
 
     places(first_tile)[threadIdx.x] = place(first_tile);
     places(first_tile + 1)[threadIdx.x] = place(first_tile + 1);
@@ -315,7 +332,7 @@ class Tile {
         cp_async_commit();
         const uint16_t* later = place(tile + 2);
         const int begin = tile * kKeyTile;
-        const bool partial = begin < all_from || begin + kKeyTile > all_to;
+        const bool partial = begin < w_.all_from || begin + kKeyTile > w_.all_to;
         if (partial && __syncthreads_or(any_not_finite<T, kDim, kKeyTile, kThreads>(values(tile)))) {
           mark_not_finite<T, kDim>(o, values(tile), first_chunk_, begin, seen);
           __syncthreads();
@@ -335,11 +352,10 @@ class Tile {
         }
         places(tile + 2)[threadIdx.x] = later;
       }
-      if (w_.slot >= 0) break;
-      join(fold, o, set_aside);
+      fold.quad_sum();
+      if ((tile - 1) / kSegmentTiles > w_.first_tile / kSegmentTiles) join(fold, o);
       if (tile >= end_tile) break;
       put_aside(fold, o);
-      set_aside = true;
     }
     cp_async_wait<0>();
     if (w_.slot >= 0) return leave(fold, o);
@@ -435,12 +451,10 @@ class Tile {
     }
   }
 
-  // The end of a segment: what was put aside joins it.
-  IC_GPU void join(Fold& fold, Outputs& o, bool set_aside) const {
+  // What was put aside joins a segment's fold.
+  IC_GPU void join(Fold& fold, Outputs& o) const {
     const float4* from = aside();
-    fold.quad_sum();
-    float4 rows = make_float4(kMinusInf, 0.0f, kMinusInf, 0.0f);  // (max, sum) twice
-    if (set_aside) rows = from[kColumns * kThreads];
+    const float4 rows = from[kColumns * kThreads];  // (max, sum) twice
     const FoldJoin low(rows.x, fold.max[0][0]), high(rows.z, fold.max[0][1]);
     fold.max[0][0] = low.max;
     fold.max[0][1] = high.max;
@@ -448,9 +462,8 @@ class Tile {
     fold.sum[0][1] = high(rows.w, fold.sum[0][1]);
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
-      if (j % 4 == 0) __syncwarp();  // no more loads in flight than there are registers for
-      float4 before = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      if (set_aside) before = from[j * kThreads];
+      if (j % 8 == 0) __threadfence_block();  // no more loads ahead than there are registers for
+      const float4 before = from[j * kThreads];
       float(&x)[4] = o[0][j];
       x[0] = low(before.x, x[0]);
       x[1] = low(before.y, x[1]);
@@ -476,8 +489,7 @@ class Tile {
   }
 
   // A segment's fold goes to its slots.
-  IC_GPU void leave(Fold& fold, const Outputs& o) const {
-    fold.quad_sum();
+  IC_GPU void leave(const Fold& fold, const Outputs& o) const {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int r = tile_row_ + 8 * h + lane_index() / 4;
@@ -542,9 +554,11 @@ __global__ void __launch_bounds__(kThreads, Shape<kDim>::kBlocks)
     attend(const AttentionArgs a, const Workspace space) {
   DYNAMIC_SHARED(shared);
   SHARED_ARRAY(Work, work, 1);
+  SHARED_ARRAY(Counts, counts, 1);
   clear_gaps(a, space);
-  Units units(a, space.capacity);
-  for (int unit = static_cast<int>(blockIdx.x); units.find(unit, work); unit += static_cast<int>(gridDim.x)) {
+  Units units(a, space.capacity, counts);
+  for (int unit = static_cast<int>(blockIdx.x); units.find(unit, work);
+       unit += static_cast<int>(gridDim.x)) {
     __syncthreads();
     if (work->sequence.rows() <= kSharedRows) {
       Tile<T, kDim, true>(a, space, *work, shared).run();

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import emulated
@@ -32,6 +33,9 @@ def pytest_addoption(parser):
     parser.addoption(
         "--broken", default="", metavar="OP:CSRC", help="an op's emulated kernels from elsewhere"
     )
+    parser.addoption(
+        "--thin", type=int, default=1, metavar="N", help="every N-th emulated case of a test only"
+    )
     parser.addoption("--seed", type=int, default=0, help="of the emulated threads' schedule")
 
 
@@ -45,18 +49,24 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     """The GPU's kernels know no CPU instruction set, and the emulator does small cases only."""
     best = _C.build_info()["isa"]
+    thin, emulated_cases = config.getoption("--thin"), Counter()
 
     def wanted(item) -> bool:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         backend = parameters.get("backend", "cpu")
         if backend != "cpu" and parameters.get("isa", best) != best:
             return False
-        return backend != "emulated" or item.get_closest_marker("big") is None
+        if backend != "emulated":
+            return True
+        if item.get_closest_marker("big"):
+            return False
+        emulated_cases[item.originalname] += 1
+        return emulated_cases[item.originalname] % thin == 1 % thin
 
-    dropped = [item for item in items if not wanted(item)]
-    if dropped:
-        config.hook.pytest_deselected(items=dropped)
-        items[:] = [item for item in items if wanted(item)]
+    kept = [item for item in items if wanted(item)]
+    if len(kept) < len(items):
+        config.hook.pytest_deselected(items=list(set(items) - set(kept)))
+        items[:] = kept
 
 
 def emulated_module(config):

@@ -163,9 +163,30 @@ KERNEL_BUGS = {
         *("sample", "sample.cu", "if (best > draw.bar || draw.bar == kMinusInf)\n", ""),
         *("fast", "test_noise_far_below", WRONG),
     ),
+    "weights_passed_too_early": KernelBug(
+        *("attention", "attention_bwd.cu", "    if constexpr (S::kLag == 0) __syncthreads();\n"),
+        *("", "check", "test_gradients_in_16_bits and 256 and full", "shared memory"),
+    ),
+    "tile_of_the_wrong_head": KernelBug(
+        *("attention", "attention_bwd.cu", "TileAt{head + 1, first}", "TileAt{head, first}"),
+        *("fast", "test_gradients_in_16_bits and 80 and full", WRONG),
+    ),
     "bracket_below_the_least": KernelBug(
         *("sample", "sample.cu", "below >= s.least && below < high", "below < high"),
         *("fast", "test_matches", WRONG),
+    ),
+    "new_keys_read_back": KernelBug(
+        *("attention", "attention_paged.cu", "    if (key >= w_.held) return new_row("),
+        *("    if (key > w_.held) return new_row(", "fast", "test_paged_equals", WRONG),
+    ),
+    "segments_joined_backwards": KernelBug(
+        *("attention", "attention_paged.cu", "at = from + (segment + i) * step"),
+        *("at = from + (slots.segments - 1 - segment - i) * step", "fast"),
+        *("test_paged_equals_dense_across", WRONG),
+    ),
+    "unit_replaced_too_early": KernelBug(
+        *("attention", "attention_paged.cu", "    __syncthreads();  // before the next unit"),
+        *("    // before the next unit", "check", "test_paged_deterministic", "shared memory"),
     ),
 }
 
