@@ -266,6 +266,17 @@ inline int64_t packed_tiles(int64_t n, int64_t sequences, int64_t rows) {
   return n / rows + sequences;
 }
 
+// A sequence whose keys are its queries: what they see are the queries.
+IC_GPU AttentionSequence mirrored(const AttentionSequence& s) {
+  AttentionSequence m = s;
+  m.queries = s.keys;
+  m.keys = s.queries;
+  m.position0 = -s.position0;
+  m.left = s.right;
+  m.right = s.left;
+  return m;
+}
+
 // ---- logits, in units of log 2
 
 // tanh within 2e-7. Without a branch: the logits of a tile are in registers all at once.

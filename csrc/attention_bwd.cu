@@ -84,16 +84,6 @@ struct Work {
   Reach all, of_warp[kRowWarps];
 };
 
-IC_GPU AttentionSequence mirrored(const AttentionSequence& s) {
-  AttentionSequence m = s;
-  m.queries = s.keys;
-  m.keys = s.queries;
-  m.position0 = -s.position0;
-  m.left = s.right;
-  m.right = s.left;
-  return m;
-}
-
 // Tiles of `rows` in a tensor of `tokens`.
 inline int64_t tiles_of(const int32_t* cu, int64_t tokens, int64_t sequences, int64_t rows) {
   return cu ? packed_tiles(tokens, sequences, rows) : sequences * ((tokens + rows - 1) / rows);

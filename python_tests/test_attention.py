@@ -577,7 +577,8 @@ def test_paged_matches_reference(device, dtype, cache_dtype, turn):
     check_paged(arguments, new, options, turn)
 
 
-# What the kernels on tensor cores have to tell apart: (held, new, paged()'s settings, options, turn)
+HALVES = [torch.bfloat16, torch.float16]
+# What the kernels on tensor cores tell apart: (held, new, paged()'s settings, options, turn)
 PAGED = {
     "decode": ([1100, 37, 512, 511], [1, 1, 1, 1], {"dim": 64, "size": 16}, "causal", ""),
     "grouped_by_4": (
@@ -604,7 +605,7 @@ PAGED = {
     "everything": ([540, 12], [3, 20], {"dim": 72, "size": 16}, "everything", "halves"),
     "alibi_per_row": ([540, 12], [3, 6], {"dim": 40, "heads": (6, 2)}, "alibi_per_row", ""),
     "unaligned": ([530, 3], [2, 30], {"dim": 24, "layout": "unaligned"}, "causal", "halves"),
-    # As many slots as the emulator's GPU has, and 128 more: the first sequence goes without.
+    # 3200 slots wanted, 3024 on the emulator's GPU: the first two sequences go without.
     "too_few_slots": (
         [530, *[520] * 6],
         [2, *[8] * 6],
@@ -616,13 +617,95 @@ PAGED = {
 OPTIONS["wide_window"] = {"window": (600, 0)}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("case", PAGED)
 def test_paged_in_pieces(device, dtype, case):
     held, new, sizes, name, turn = PAGED[case]
     arguments, new = paged(held, new, dtype, device=device, gap=2, **sizes)
     options = settings(name, (len(held), 0, 0, arguments[0].shape[1]), device)
     check_paged(arguments, new, options, turn)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
+def test_paged_deterministic(device, dtype, threads):
+    cases = [
+        paged(held, new, dtype, device=device, dim=64, heads=heads, size=48)
+        for held, new, heads in (([700, 3], [1, 70], (4, 2)), ([1030], [5], (8, 1)))
+    ]
+
+    def run():
+        results = []
+        for (q, k_cache, v_cache, *tables), new in cases:
+            caches = [k_cache.clone(), v_cache.clone()]
+            results += attention_paged_(q, *caches, *tables, **new, return_lse=True)
+            results += caches
+        return results
+
+    first = run()
+    for n in (1, 2, 3):
+        threads(n)
+        for a, b in zip(first, run(), strict=True):
+            assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
+def test_paged_reads_only_its_own(device, dtype):
+    """NaN in free blocks, in rows past a sequence's end and in hidden keys reaches nobody."""
+    held, new = [530, 12, 70], [1, 20, 3]
+    (q, *caches, table, lengths, cu), added = paged(
+        held, new, dtype, device=device, dim=64, size=48
+    )
+    options = {**added, "window": (40, 0)}
+    results = []
+    for poisoned in (False, True):
+        pages = [x.clone() for x in caches]
+        if poisoned:
+            for x in pages:
+                kept = torch.full_like(x, NAN)
+                for b, n in enumerate(held):
+                    at = torch.arange(max(n - 40, 0), n, device=device)  # what query 0 sees
+                    block = table[b, at // 48].long()
+                    kept[block, at % 48] = x[block, at % 48]
+                x.copy_(kept)
+        results.append(attention_paged_(q, *pages, table, lengths, cu, **options, return_lse=True))
+    for a, b in zip(*results, strict=True):
+        assert_same_bits(a, b)
+    assert results[0][0].isfinite().all()
+    # A hidden new value stays hidden: query t does not see token t + 1.
+    added["v_new"] = added["v_new"].clone()
+    added["v_new"][-1] = NAN
+    out = attention_paged_(q, *caches, table, lengths, cu, **added)
+    assert out[:-1].isfinite().all() and out[-1].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("group", [1, 4])
+def test_paged_equals_dense_across_segments(device, dtype, group):
+    """Decode, chunks and a prefill of 530 tokens: one set of bits, the dense pass's."""
+    tokens, dim, size = 530, 64, 48
+    q, k, v = (x[0] for x in inputs((1, tokens, tokens, group, 1, dim), dtype, device))
+    dense, dense_lse = attention(q[None], k[None], v[None], window=(100, 0), return_lse=True)
+    blocks = -(-tokens // size)
+    table = torch.randperm(blocks).to(device)[None].int()
+    caches = [torch.full((blocks, size, 1, dim), NAN, dtype=dtype, device=device) for _ in range(2)]
+    cuts = [0, 300, 509, 510, 511, 512, 513, 516, tokens]
+    for first, last in zip(cuts, cuts[1:], strict=False):
+        held = torch.tensor([first], dtype=torch.int32, device=device)
+        cu = torch.tensor([0, last - first], dtype=torch.int32, device=device)
+        rows = slice(first, last)
+        out, lse = attention_paged_(
+            q[rows],
+            *caches,
+            table,
+            held,
+            cu,
+            k_new=k[rows],
+            v_new=v[rows],
+            window=(100, 0),
+            return_lse=True,
+        )
+        assert_same_bits(out, dense[0, rows], f"{first} to {last}")
+        assert_same_bits(lse, dense_lse[0][:, rows], f"{first} to {last}")
 
 
 def check_paged(arguments, new, options, turn=""):

@@ -175,6 +175,19 @@ KERNEL_BUGS = {
         *("sample", "sample.cu", "below >= s.least && below < high", "below < high"),
         *("fast", "test_matches", WRONG),
     ),
+    "new_keys_read_back": KernelBug(
+        *("attention", "attention_paged.cu", "    if (key >= w_.held) return new_row("),
+        *("    if (key > w_.held) return new_row(", "fast", "test_paged_equals", WRONG),
+    ),
+    "segments_joined_backwards": KernelBug(
+        *("attention", "attention_paged.cu", "at = from + (segment + i) * step"),
+        *("at = from + (slots.segments - 1 - segment - i) * step", "fast"),
+        *("test_paged_equals_dense_across", WRONG),
+    ),
+    "unit_replaced_too_early": KernelBug(
+        *("attention", "attention_paged.cu", "    __syncthreads();  // before the next unit"),
+        *("    // before the next unit", "check", "test_paged_deterministic", "shared memory"),
+    ),
 }
 
 
