@@ -255,6 +255,24 @@ def test_gradients_in_16_bits(device, shape, name):
     check_gradients(*inputs(shape, dtype, device), settings(name, shape, device))
 
 
+def test_unaligned_rows_give_the_same_bits_in_16_bits(device):
+    tensors = inputs((2, 40, 70, 2, 1, 24), torch.bfloat16, device)
+    tensors.append(torch.randn_like(tensors[0]))
+
+    def run(q, k, v, grad):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = attention(*leaves)
+        return out, *torch.autograd.grad(out, leaves, grad)
+
+    def shifted(x):
+        wide = x.new_full((*x.shape[:-1], x.shape[-1] + 3), NAN)
+        wide[..., 1:-2] = x
+        return wide[..., 1:-2]
+
+    for a, b in zip(run(*tensors), run(*map(shifted, tensors)), strict=True):
+        assert_same_bits(a, b)
+
+
 @pytest.mark.parametrize("dim, n", [(64, 150), (256, 70)])
 def test_same_gradient_bits_in_16_bits(device, threads, dim, n):
     """What a sequence gets comes from itself alone, in any order of a GPU's threads."""
