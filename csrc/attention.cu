@@ -21,7 +21,8 @@ void check_lengths(const AttentionArgs& a) {
 void attention_cuda(const AttentionArgs& a, void* stream) {
   check_lengths(a);
   if (plain(a)) return attention_plain_cuda(a, stream);
-  if (a.pages.block_table) return attention_paged_cuda(a, stream);
+  // Not block_table: it is null where there is no sequence.
+  if (a.pages.block_size > 0) return attention_paged_cuda(a, stream);
   attention_forward_cuda(a, stream);
 }
 

@@ -1,30 +1,35 @@
 // attention over a paged cache, of 16-bit elements: decode steps and chunks of a prefill in one
-// launch, which also appends the new keys and values; then `combine`.
+// launch, which also appends the new keys and values.
+//   turn      new keys by their angles, in calls of many new tokens
+//   attend    attention and the append
+//   combine   joins the parts of rows that several blocks have worked on
 //
 // The query heads of a key/value head share its keys: row r is query r / group, head r % group. A
 // block of four warps takes one unit of work at a time:
-//   - a sequence of up to 64 rows (a decode step) is cut into its segments of 512 keys, one unit for
-//     each and key/value head. A unit leaves the row maxima, sums and float32 outputs of its segment
-//     in a slot of the workspace; `combine` joins them in order and ends the rows.
-//   - a longer one is cut into tiles of 64 rows, whose segments the block joins itself, as the dense
-//     kernel does (attention_fwd.cu); so is one with a single segment, or without a slot.
+//   - a sequence of up to 64 rows (a decode step) is cut into its segments of 512 keys: a unit for
+//     each and key/value head. It leaves the row maxima, sums and float32 outputs of its segment in
+//     slots of the workspace; `combine` joins them in order and ends the rows.
+//   - a longer one is cut into tiles of 64 rows, whose segments the block joins itself, like the
+//     dense kernel (attention_fwd.cu); so is one with a single segment, or without slots.
 // Bits are the same either way (attention.cuh). Up to 16 rows are in all four warps: each forms all
 // logits, and a fourth of the outputs. More are 16 in each warp.
 //
 // Units are counted on the device from cu_seqlens_q and cache_seqlens, a thread for each sequence:
-// a wide block table costs nothing. Slots are dealt out in the same way; where there are not enough
-// (1 MiB a multiprocessor at most) the first sequences go without. Tiles of 64 keys and values arrive by cp.async in one of two stages
-// while the other is at work; where their rows lie is looked up two tiles ahead. New keys come from
-// k_new, turned on the way into shared memory; the unit whose rows and keys a token belongs to writes
-// it to the cache.
+// a wide block table costs nothing but workspace. Slots are dealt out in the same way; where there
+// are not enough (1 MiB a multiprocessor at most) the first sequences go without. Tiles of 64 keys
+// and values arrive by cp.async in one of two stages while the other is at work; where their rows
+// lie is looked up two tiles ahead. What is new comes from k_new and v_new, never from the cache:
+// keys are turned on the way into shared memory, or before (`turn`) where many tiles of rows would
+// do it again. The unit that has a token's first row and its key writes it to the cache.
 //
-// Bytes: keys and values that are seen, once for each tile of rows (decode: once); 4 (D + 4) for each
-// row and segment, written and read: 0.4 % of the keys' a row. FLOPs: 4 D for each pair that is seen;
-// decode with 8 query heads a key/value head has 8 FLOPs a byte and is bound by memory: B 32, 4096
-// keys, 8 key/value heads, D 128 are 537 MB, 112 us at the 4.8 TB/s of an H200. 85 % of a copy's
-// bandwidth is what it should reach: two blocks a multiprocessor keep 64 KB in flight, twice what
-// hides 1 us; 2048 units on 264 blocks are 7.8 rounds. Prefill is bound by the tensor cores: like
-// FlashAttention-2, but for ldmatrix, which feeds half as many rows, and the turning of keys.
+// Bytes: keys and values that are seen, once for each tile of rows (decode: once); 4 (D + 4) for
+// each row and segment, written and read: 0.4 % of the keys' and values' a row. FLOPs: 4 D for each
+// pair that is seen; decode has one a byte for each query head of a key/value head and is bound by
+// memory: B 32, 4096 keys, 8 key/value heads, D 128 are 537 MB, 112 us at the 4.8 TB/s of an H200.
+// 85 % of a copy's bandwidth is what it should reach: two blocks a multiprocessor keep 64 KB on the
+// way, where 36 KB hide 1 us; 2048 units on 264 blocks are 7.8 rounds. Prefill is bound by
+// ldmatrix, which feeds 16 rows with every read of a key or value, half of the dense kernel's: 200
+// TFLOP/s at D 128.
 #include "attention.cuh"
 
 namespace ic {
@@ -58,6 +63,7 @@ struct Workspace {
   TokenSlots* tokens;  // null: no sequence has more than a segment
   float *asides, *slots;
   int64_t capacity;  // slots
+  bool turned;       // k_new has been turned
 };
 
 // ---- units of work
@@ -70,7 +76,7 @@ struct Work {
   int rows, held;
   int first_tile, end_tile;
   int all_from, all_to;  // what every row sees
-  TokenSlots tokens;  // of token 0; `segments` is -1 where another unit tells
+  TokenSlots tokens;     // of token 0; `segments` is -1 where another unit tells
 };
 
 // The tiles of keys that rows of a sequence see.
@@ -260,8 +266,7 @@ template <class T, int kDim, int kTileRows, class Row, class Position>
 IC_GPU void load_turned(const AttentionArgs& a, unsigned char* tile, int rows, int turned,
                         bool aligned, const Row& row, const Position& position) {
   const int dim = static_cast<int>(a.dim);
-  if (turned >= rows)
-    return load_tile<kDim, kTileRows, kThreads>(tile, rows, dim, aligned, row);
+  if (turned >= rows) return load_tile<kDim, kTileRows, kThreads>(tile, rows, dim, aligned, row);
   constexpr int kFours = kDim / 4;
 #pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < kTileRows * kFours; i += kThreads) {
@@ -333,7 +338,8 @@ class Tile {
         const uint16_t* later = place(tile + 2);
         const int begin = tile * kKeyTile;
         const bool partial = begin < w_.all_from || begin + kKeyTile > w_.all_to;
-        if (partial && __syncthreads_or(any_not_finite<T, kDim, kKeyTile, kThreads>(values(tile)))) {
+        if (partial &&
+            __syncthreads_or(any_not_finite<T, kDim, kKeyTile, kThreads>(values(tile)))) {
           mark_not_finite<T, kDim>(o, values(tile), first_chunk_, begin, seen);
           __syncthreads();
           clear_not_finite<T, kDim, kKeyTile, kThreads>(values(tile));
@@ -373,6 +379,8 @@ class Tile {
            tile % 2 * S::kPlaces;
   }
 
+  IC_GPU bool turns_keys() const { return a_.pages.cos && !space_.turned; }
+
   IC_GPU uint16_t* cache_row(const AttentionTensor& cache, int64_t block_stride, int key) const {
     const AttentionPages& p = a_.pages;
     const int size = static_cast<int>(p.block_size);
@@ -401,7 +409,7 @@ class Tile {
     const int rows = static_cast<int>(min(w_.sequence.keys - begin, int64_t{kKeyTile}));
     const uint16_t* const* at = places(tile);
     load_turned<T, kDim, kKeyTile>(
-        a_, keys(tile), rows, p.cos ? max(w_.held - begin, 0) : kKeyTile,
+        a_, keys(tile), rows, turns_keys() ? max(w_.held - begin, 0) : kKeyTile,
         aligned_pages(a_.k, p.k_block, p.k_new), [&](int i) { return at[i]; },
         [&](int i) { return begin + i; });
     load_tile<kDim, kKeyTile, kThreads>(values(tile), rows, static_cast<int>(a_.dim),
@@ -444,7 +452,8 @@ class Tile {
     for (int i = static_cast<int>(threadIdx.x); i < (to - from) * fours; i += kThreads) {
       const int key = from + i / fours, at = i % fours * 4;
       const uint16_t* row = new_row(p.k_new, key);
-      const uint2 k = p.cos ? turned4<T>(a_, row, key, at, aligned_k) : load4(row + at, aligned_k);
+      const uint2 k =
+          turns_keys() ? turned4<T>(a_, row, key, at, aligned_k) : load4(row + at, aligned_k);
       store4(cache_row(a_.k, p.k_block, key) + at, k, aligned_k);
       const uint2 v = load4(new_row(p.v_new, key) + at, aligned_v);
       store4(cache_row(a_.v, p.v_block, key) + at, v, aligned_v);
@@ -464,7 +473,7 @@ class Tile {
     for (int j = 0; j < kColumns; ++j) {
       if (j % 8 == 0) __threadfence_block();  // no more loads ahead than there are registers for
       const float4 before = from[j * kThreads];
-      float(&x)[4] = o[0][j];
+      float (&x)[4] = o[0][j];
       x[0] = low(before.x, x[0]);
       x[1] = low(before.y, x[1]);
       x[2] = high(before.z, x[2]);
@@ -478,7 +487,7 @@ class Tile {
         make_float4(fold.max[0][0], fold.sum[0][0], fold.max[0][1], fold.sum[0][1]);
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
-      float(&x)[4] = o[0][j];
+      float (&x)[4] = o[0][j];
       to[j * kThreads] = make_float4(x[0], x[1], x[2], x[3]);
       x[0] = x[1] = x[2] = x[3] = 0.0f;
     }
@@ -511,7 +520,8 @@ class Tile {
     for (int h = 0; h < 2; ++h) {
       const int r = tile_row_ + 8 * h + lane_index() / 4;
       if (r >= w_.rows) continue;
-      const int64_t t = (w_.row + r) / s.group, head = w_.kv_head * s.group + (w_.row + r) % s.group;
+      const int64_t t = (w_.row + r) / s.group,
+                    head = w_.kv_head * s.group + (w_.row + r) % s.group;
       const RowEnd end(fold.max[0][h], fold.sum[0][h], a_.sinks ? a_.sinks[head] : kMinusInf);
       if (first_chunk_ == 0 && lane_index() % 4 == 0)
         a_.lse[attention_lse_index(a_, s, head, t)] = end.lse;
@@ -569,6 +579,27 @@ __global__ void __launch_bounds__(kThreads, Shape<kDim>::kBlocks)
   }
 }
 
+// ---- turn: a block for each token
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) turn(const AttentionArgs a, uint16_t* keys) {
+  const int token = static_cast<int>(blockIdx.x);
+  if (token < a.cu_q[0] || token >= a.cu_q[a.sequences]) return;
+  int64_t b = 0;  // the last sequence that begins at the token or before
+  for (int64_t count = a.sequences; count > 1;) {
+    const int64_t half = count / 2;
+    if (a.cu_q[b + half] <= token) b += half;
+    count -= half;
+  }
+  const int position = a.pages.cache_seqlens[b] + token - a.cu_q[b];
+  const AttentionTensor& k = a.pages.k_new;
+  const uint16_t* from = static_cast<const uint16_t*>(k.data) + token * k.token;
+  const int dim = static_cast<int>(a.dim), n = static_cast<int>(a.kv_heads) * dim;
+  for (int i = static_cast<int>(threadIdx.x) * 4; i < n; i += kThreads * 4)
+    store4(keys + int64_t{token} * n + i,
+           turned4<T>(a, from + i / dim * k.head, position, i % dim, aligned_rows(k)), true);
+}
+
 // ---- combine: a warp for each row, a lane for kDim / 32 of its columns
 
 template <class T, int kDim>
@@ -579,9 +610,9 @@ __global__ void __launch_bounds__(kThreads) combine(const AttentionArgs a, const
   if (token >= a.queries) return;
   const TokenSlots slots = space.tokens[token];
   const int64_t group = a.heads / a.kv_heads;
-  const float* from = space.slots + Shape<kDim>::kSlotFloats *
-                                        (slots.first + head / group * slots.segments * slots.rows +
-                                         head % group);
+  const float* from =
+      space.slots + Shape<kDim>::kSlotFloats *
+                        (slots.first + head / group * slots.segments * slots.rows + head % group);
   const int64_t step = slots.rows * Shape<kDim>::kSlotFloats;
   const int column = lane_index() * kColumns;
   if (slots.segments == 0) return;
@@ -629,9 +660,12 @@ __global__ void __launch_bounds__(kThreads) combine(const AttentionArgs a, const
 // rows for each of its two blocks at D 128: enough to share the work evenly.
 struct Sizes {
   static constexpr int64_t kSpareFloats = int64_t{1} << 18;
-  int64_t tokens = 0, asides = 0, slots = 0, capacity = 0;
+  static constexpr int64_t kFewTokens =
+      8;  // a sequence: new keys are turned by those who read them
+  int64_t keys = 0, tokens = 0, asides = 0, slots = 0, capacity = 0;
 
   Sizes(const AttentionArgs& a, int blocks, int64_t aside_floats, int64_t slot_floats) {
+    if (a.queries > kFewTokens * a.sequences) keys = a.queries * a.kv_heads * a.dim / 2;
     const int64_t segments = (a.keys + kSegment - 1) / kSegment, group = a.heads / a.kv_heads;
     if (segments <= 1) return;
     const int64_t rows = a.queries * group, most_rows = a.sequences * kRows;
@@ -647,7 +681,7 @@ struct Sizes {
     using S = Shape<kDim>;
     return Sizes(a, multiprocessors() * S::kBlocks, S::kAsideFloats, S::kSlotFloats);
   }
-  int64_t total() const { return tokens + asides + slots; }
+  int64_t total() const { return keys + tokens + asides + slots; }
 };
 
 struct Launch {
@@ -657,6 +691,8 @@ struct Launch {
   template <class T, int kDim>
   void run() const {
     using S = Shape<kDim>;
+    IC_CHECK(a.queries * a.heads < int64_t{1} << 31, "attention_paged_: too many rows, got ",
+             a.queries, " queries of ", a.heads, " heads");
     IC_CHECK(S::kSharedBytes <= max_shared_bytes(), "attention_paged_: a head dim of ", a.dim,
              " takes ", S::kSharedBytes, " bytes of shared memory, this GPU has ",
              max_shared_bytes());
@@ -664,16 +700,21 @@ struct Launch {
     Workspace space{};
     space.capacity = sizes.capacity;
     if (sizes.capacity > 0) {
-      space.tokens = reinterpret_cast<TokenSlots*>(a.workspace);
-      space.asides = a.workspace + sizes.tokens;
+      space.asides = a.workspace;
       space.slots = space.asides + sizes.asides;
+      space.tokens = reinterpret_cast<TokenSlots*>(space.slots + sizes.slots);
+    }
+    AttentionArgs args = a;
+    if (a.pages.cos && sizes.keys > 0) {
+      uint16_t* keys = reinterpret_cast<uint16_t*>(a.workspace + sizes.total() - sizes.keys);
+      launch(turn<T>, dim3(static_cast<unsigned>(a.queries)), dim3(kThreads), 0, stream, a, keys);
+      args.pages.k_new = {keys, 0, a.kv_heads * a.dim, a.dim};
+      space.turned = true;
     }
     launch(attend<T, kDim>, dim3(static_cast<unsigned>(multiprocessors() * S::kBlocks)),
-           dim3(kThreads), S::kSharedBytes, stream, a, space);
+           dim3(kThreads), S::kSharedBytes, stream, args, space);
     if (sizes.capacity == 0) return;
     const int64_t blocks = (a.queries * a.heads + kWarps - 1) / kWarps;
-    IC_CHECK(blocks < int64_t{1} << 31, "attention_paged_: too many rows, got ", a.queries,
-             " queries of ", a.heads, " heads");
     launch(combine<T, kDim>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream, a,
            space);
   }

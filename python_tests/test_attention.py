@@ -815,6 +815,17 @@ def test_paged_without_new_keys_reads_only(device):
         assert_same_bits(a, b)
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
+def test_paged_without_sequences(device, dtype):
+    (q, *caches, table, held, _), new = paged([3], [2], dtype, device=device)
+    cu = torch.zeros(1, dtype=torch.int32, device=device)
+    angles = torch.ones(9, 16, device=device)
+    for turn in ({}, {"cos": angles, "sin": angles}):
+        empty = (q, *caches, table[:0], held[:0], cu)
+        out, lse = attention_paged_(*empty, **new, **turn, return_lse=True)
+        assert out.eq(0).all() and lse.eq(-torch.inf).all()
+
+
 def test_opcheck_and_compile(device):
     ops = torch.ops.instructcore
     q, k, v = inputs((1, 5, 9, 4, 2, 16), device=device)
