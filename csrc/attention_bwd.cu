@@ -1,27 +1,27 @@
 // attention's backward on tensor cores: 16-bit elements, dense or packed sequences. Three kernels:
 //
 //   row_sums       delta = dout . out - dlse of each query row and head; 0 where it sees no key
-//   grad_keys      a block takes 128 keys (64 where D > 128) of a key/value head and walks, for each
-//                  query head of the group, the tiles of 32 queries that see any of them
+//   grad_keys      a block takes 128 keys (64 where D > 128) of a key/value head and walks, for
+//                  each query head of the group, the tiles of 32 queries that see any of them
 //   grad_queries   a block takes 128 query rows (64) of a head and walks the tiles of 32 keys
 //
-// Each gradient is summed in float32 registers by one block, in the order of the heads and tiles, so
-// nothing is added atomically and a row's bits depend on its own sequence alone. The price is that
-// both kernels form p and dlogit: seven products instead of five.
+// Each gradient is summed in float32 registers by one block, in the order of the heads and tiles,
+// so nothing is added atomically and a row's bits depend on its own sequence alone. The price is
+// that both kernels form p and dlogit: seven products instead of five.
 //
 // In grad_keys p and dlogit are transposed, keys being the rows, so that they go from accumulators
-// to the next product's A operand (Dao 2023, arXiv:2307.08691). Of eight warps four form p = e^(logit
-// - lse) and dv += p^T dout, four dout . v, dlogit and dk += dlogit^T q: two products each, for twice
-// the keys that one warp could hold both gradients of. The former pass p softcap' to the latter
-// through shared memory, a tile ahead (where there is room), so that one's exponentials pass under
-// the other's products.
+// to the next product's A operand (Dao 2023, arXiv:2307.08691). Of eight warps four form p and dv
+// += p^T dout, four dlogit and dk += dlogit^T q: two products each, for twice the keys that a warp
+// could hold both gradients of. The first four pass p softcap' to the others through shared memory,
+// a tile ahead (where there is room), so that the exponentials of some pass under the products of
+// others.
 //
-// FLOPs: 14 D for each pair that is seen, of which 10 D count. Bytes: q, dout, out, k, v, and three
-// gradients once, and from L2 4 D bytes for each query row and tile of keys, and each key and tile of
-// query rows: 128 FLOPs a byte and more. Bound by the tensor cores: on an H200 mma.sync reaches about
-// 62 % of wgmma's 989 TFLOP/s, and 5/7 of that counts, so 440 TFLOP/s is the limit; half of it is
-// what to expect with this much work between the products (FlashAttention-2: 166 at D 128, causal,
-// on an H100).
+// FLOPs: 14 D for each pair that is seen, of which 10 D count. Bytes: q, dout, out, k, v and three
+// gradients once; then, mostly from L2, 4 D for each query and block of keys, and for each key and
+// block of queries: about 200 FLOPs a byte, half as many where D > 128. Bound by the tensor cores:
+// on an H200 mma.sync reaches about 62 % of wgmma's 989 TFLOP/s, of which 5/7 count: 440. At D 128
+// ldmatrix takes about as long as the products, so 250 is what to expect (FlashAttention-2: 166,
+// causal, on an H100).
 #include "attention.cuh"
 
 namespace ic {
@@ -74,9 +74,9 @@ IC_GPU Reach reach_of(const AttentionSequence& s, int64_t row, int rows) {
           static_cast<int>(s.first_seen(last)), static_cast<int>(s.end_seen(row))};
 }
 
-// A block's rows: those of one head from `row` of the sequence on; none if rows <= 0. Where they are
-// keys, the sequence is mirrored: `queries` is the number of keys, and what they see are queries. It
-// lies in shared memory: registers are what these kernels are short of.
+// A block's rows: those of one head from `row` of the sequence on; none if rows <= 0. Where they
+// are keys, the sequence is mirrored: `queries` is the number of keys, and what they see are
+// queries. It lies in shared memory: registers are what these kernels are short of.
 struct Work {
   AttentionSequence sequence;
   int64_t head, row;
@@ -119,9 +119,9 @@ IC_GPU void find_work(const AttentionArgs& a, int64_t tiles, int rows, Work* w) 
     w->of_warp[i] = reach_of(s, w->row + i * each, min(w->rows - i * each, each));
 }
 
-IC_GPU const uint16_t* row_of(const AttentionTensor& t, const AttentionSequence& s, int64_t token,
-                              int64_t head) {
-  return static_cast<const uint16_t*>(t.data) + s.index * t.batch + token * t.token + head * t.head;
+IC_GPU uint16_t* row_of(const AttentionTensor& t, const AttentionSequence& s, int64_t token,
+                        int64_t head) {
+  return static_cast<uint16_t*>(t.data) + s.index * t.batch + token * t.token + head * t.head;
 }
 
 template <int kDim, int kRows, int kThreads>
@@ -167,11 +167,12 @@ IC_GPU void hide(float (&x)[kRowTiles][kTileColumns][4], int column, const RowsS
 
 // ---- the end of a block: a warp's sums become rows of a gradient
 
-// By way of the rows of `tile` from tile_row on, which only this warp reads, for 16 bytes at a time.
+// By way of the rows of `tile` from tile_row on, which only this warp reads, for 16 bytes at a
+// time.
 template <class T, int kDim, int kRowTiles>
 IC_GPU void store_rows(const float (&sums)[kRowTiles][kDim / 8][4], float scale,
-                       unsigned char* tile, int tile_row, int rows, const AttentionTensor& gradient,
-                       const uint16_t* first, int64_t dim) {
+                       unsigned char* tile, int tile_row, int rows, uint16_t* out, int64_t stride,
+                       int64_t dim) {
   constexpr int kChunks = kDim / 8;
   const int lane = lane_index();
   __syncwarp();  // the last ldmatrix of these rows are over
@@ -189,11 +190,10 @@ IC_GPU void store_rows(const float (&sums)[kRowTiles][kDim / 8][4], float scale,
     }
   }
   __syncwarp();
-  uint16_t* out = const_cast<uint16_t*>(first);
   for (int i = lane; i < 16 * kRowTiles * kChunks; i += kWarp) {
     const int r = i / kChunks, chunk = i % kChunks;
     if (r < rows && 8 * chunk < dim)
-      *reinterpret_cast<uint4*>(out + r * gradient.token + chunk * 8) =
+      *reinterpret_cast<uint4*>(out + r * stride + chunk * 8) =
           *reinterpret_cast<const uint4*>(tile + chunk_offset<kDim>(tile_row + r, chunk));
   }
 }
@@ -473,7 +473,7 @@ __global__ void __launch_bounds__(KeyShape<kDim>::kThreads, KeyShape<kDim>::kBlo
   __syncthreads();
   const AttentionTensor& gradient = of_keys ? args.grad_k : args.grad_v;
   store_rows<T, kDim>(sums, of_keys ? a.scale : 1.0f, own, tile_row, work->rows - tile_row,
-                      gradient, row_of(gradient, s, token + tile_row, work->head), a.dim);
+                      row_of(gradient, s, token + tile_row, work->head), gradient.token, a.dim);
 }
 
 // ---- dq
@@ -579,8 +579,9 @@ __global__ void __launch_bounds__(QueryShape<kDim>::kThreads, QueryShape<kDim>::
   }
   cp_async_wait<0>();
   __syncthreads();
-  store_rows<T, kDim>(sums, a.scale, shared, tile_row, work->rows - tile_row, args.grad_q,
-                      row_of(args.grad_q, s, token + tile_row, work->head), a.dim);
+  store_rows<T, kDim>(sums, a.scale, shared, tile_row, work->rows - tile_row,
+                      row_of(args.grad_q, s, token + tile_row, work->head), args.grad_q.token,
+                      a.dim);
 }
 
 // ---- launches
