@@ -388,7 +388,8 @@ __global__ void __launch_bounds__(kThreads, 1) plain_backward(AttentionBackwardA
                          kOfKeys ? keys(a.v) : queries(b.grad_out, first_head));
 
   Span seen[kOwn];
-  float lse[kOwn], delta[kOwn];  // of the warp's own queries; of keys, [0]: of the lane's query
+  // Of the warp's own queries; where it has keys, [0] is of the lane's query.
+  float lse[kOwn] = {}, delta[kOwn] = {};
   float grad1[kOwn][kDim / kWarp] = {}, grad2[kOwn][kDim / kWarp] = {};
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
@@ -448,7 +449,7 @@ __global__ void __launch_bounds__(kThreads, 1) plain_backward(AttentionBackwardA
 }
 
 // `batch`: of lse. Rows without a key have delta 0.
-__global__ void __launch_bounds__(kThreads, 1) plain_sinks(AttentionBackwardArgs b, int64_t batch) {
+__global__ void __launch_bounds__(kThreads) plain_sinks(AttentionBackwardArgs b, int64_t batch) {
   const AttentionArgs& a = b.forward;
   const int64_t head = blockIdx.x;
   const float sink = a.sinks[head];

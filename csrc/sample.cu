@@ -12,8 +12,8 @@
 // it reaches a target. It lies in a bracket of values; a sweep over the row weighs what is at or
 // above three pivots that quarter the bracket, and finds the least and the greatest token inside,
 // until they are equal. So a sweep leaves a quarter of the bracket or less: a few of them for
-// logits as models have them, some 140 at most for any floats. Sums have a fixed order, in which they
-// fall as the pivot rises.
+// logits as models have them, some 140 at most for any floats. Sums have a fixed order, in which
+// they fall as the pivot rises.
 //
 // Draw: the noise costs more than all else, and few tokens can win. -ln u is above the noise and u
 // < e^(z - bar) is one ex2, so only tokens that may beat `bar` get logarithms. The greatest score

@@ -477,11 +477,11 @@ def test_deterministic(device, threads):
             assert_same_bits(a, b)
 
 
-def test_same_bits_with_and_without_avx512(device):
+def test_same_bits_with_and_without_avx512(backend):
     from instructcore import _C
 
     levels = _C.isa_levels()
-    if device != "cpu" or "x86_64_v4" not in levels:
+    if backend != "cpu" or "x86_64_v4" not in levels:
         pytest.skip("no AVX-512 here")
     q, k, v = inputs((2, 70, 300, 4, 2, 72))
     results = []
@@ -849,7 +849,10 @@ def test_opcheck_and_compile(device):
         assert_same_bits(x, y)
 
 
-def test_compile_for_any_packed_length(device):
+@pytest.mark.parametrize(
+    "lengths", [(7, 30, 31, 64), pytest.param((7, 31, 300, 515), marks=pytest.mark.big)], ids=str
+)
+def test_compile_for_any_packed_length(device, lengths):
     graphs = []
 
     def counting(graph, _):
@@ -868,12 +871,13 @@ def test_compile_for_any_packed_length(device):
     for f in (step, longest):
         compiled = torch.compile(f, fullgraph=True, dynamic=True, backend=counter)
         graphs.clear()
-        for n in (7, 30, 31, 64, 300, 515):
+        for n in lengths:
             cu = torch.tensor([0, n // 3, n], dtype=torch.int32, device=device)
             tensors = [x[0] for x in inputs((1, n, n, 4, 2, 16), device=device)]
             results = []
             for g in (compiled, f):
-                leaves = [x.clone().requires_grad_() for x in (*tensors, torch.ones(4))]
+                sinks = torch.ones(4, device=device)
+                leaves = [x.clone().requires_grad_() for x in (*tensors, sinks)]
                 out = g(*leaves[:3], cu, leaves[3])
                 out.square().sum().backward()
                 results.append((out, *(x.grad for x in leaves if x.grad is not None)))
@@ -906,8 +910,8 @@ def test_autocast(device):
     assert_same_bits(out, attention(*(x.bfloat16() for x in (q, k, v))))
 
 
-def test_rejects():
-    q, k, v = inputs((2, 3, 4, 4, 2, 16))
+def test_rejects(device, backend):
+    q, k, v = inputs((2, 3, 4, 4, 2, 16), device=device)
 
     def call(q=q, k=k, v=v, **options):
         return attention(q, k, v, **options)
@@ -928,10 +932,11 @@ def test_rejects():
         call(*(x[..., :12] for x in (q, k, v)))
     with pytest.raises(ValueError, match="attention: window must be"):
         call(window=(-1, 0))
-    for bad in (3, 2.5, "ab", torch.tensor([1, 2])):
+    for bad in (3, 2.5, "ab", torch.tensor([1, 2], device=device)):
         with pytest.raises(TypeError, match=r"attention: window must be \(left, right\), .* got"):
             call(window=bad)
-    for wrong in (torch.ones(4).long(), torch.ones(4).double()):
+    for kind in (torch.int64, torch.float64):
+        wrong = torch.ones(4, dtype=kind, device=device)
         with pytest.raises(TypeError, match="attention: sinks must be float32, bfloat16 or"):
             call(sinks=wrong)
         with pytest.raises(TypeError, match="attention: alibi_slopes must be torch.float32"):
@@ -939,25 +944,25 @@ def test_rejects():
     with pytest.raises(ValueError, match="attention: softcap must be 0"):
         call(softcap=-1.0)
     with pytest.raises(ValueError, match=r"attention: alibi_slopes must be \(4,\) or \(2, 4\)"):
-        call(alibi_slopes=torch.rand(2))
+        call(alibi_slopes=torch.rand(2, device=device))
     with pytest.raises(ValueError, match=r"attention: sinks must be \(4,\)"):
-        call(sinks=torch.rand(2))
-    with pytest.raises(ValueError, match="on cpu, got meta"):
+        call(sinks=torch.rand(2, device=device))
+    with pytest.raises(ValueError, match=f"on {device}.*, got meta"):
         call(k=k.to("meta"))
 
-    rows = (q[0], k[0], v[0])
+    rows, cu = (q[0], k[0], v[0]), torch.tensor([0, 3], dtype=torch.int32, device=device)
+    with pytest.raises(TypeError, match="attention_varlen: sinks must be float32, .* torch.int64"):
+        attention_varlen(*rows, cu, cu, sinks=torch.ones(4, device=device).long())
+    with pytest.raises(TypeError, match="attention_varlen: cu_seqlens_q must be torch.int32"):
+        attention_varlen(*rows, cu.long(), cu.long())
+    with pytest.raises(ValueError, match=r"attention_varlen: cu_seqlens_k must be \(2,\)"):
+        attention_varlen(*rows, cu, cu[:1])
+    if backend != "cpu":  # what follows is in device memory elsewhere
+        return
     for bad in ([0, 4], [2, 1], [-1, 3]):
         cu = torch.tensor(bad, dtype=torch.int32)
         with pytest.raises(RuntimeError, match="attention_varlen: cu_seqlens must"):
             attention_varlen(*rows, cu, cu)
-    with pytest.raises(TypeError, match="attention_varlen: sinks must be float32, .* torch.int64"):
-        cu = torch.tensor([0, 3], dtype=torch.int32)
-        attention_varlen(*rows, cu, cu, sinks=torch.ones(4).long())
-    with pytest.raises(TypeError, match="attention_varlen: cu_seqlens_q must be torch.int32"):
-        attention_varlen(*rows, torch.tensor([0, 3]), torch.tensor([0, 3]))
-    with pytest.raises(ValueError, match=r"attention_varlen: cu_seqlens_k must be \(2,\)"):
-        cu = torch.tensor([0, 3], dtype=torch.int32)
-        attention_varlen(*rows, cu, cu[:1])
     long = torch.randn(600, 2, 16, requires_grad=True)
     cu = torch.tensor([0, 600], dtype=torch.int32)
     out = attention_varlen(long, long, long, cu, cu, max_seqlen_k=5)
@@ -965,8 +970,8 @@ def test_rejects():
         out.sum().backward()
 
 
-def test_paged_rejects():
-    arguments, new = paged([9, 4], [2, 1])
+def test_paged_rejects(device, backend):
+    arguments, new = paged([9, 4], [2, 1], device=device)
 
     def call(at=None, value=None, **options):
         changed = list(arguments)
@@ -974,6 +979,19 @@ def test_paged_rejects():
             changed[at] = value
         return attention_paged_(*changed, **{**new, **options})
 
+    angles = torch.zeros(10, 16, device=device)
+    with pytest.raises(ValueError, match="k_new and v_new must be given together"):
+        call(v_new=None)
+    with pytest.raises(ValueError, match="got no k_new"):
+        call(k_new=None, v_new=None, cos=angles, sin=angles)
+    with pytest.raises(TypeError, match="attention_paged_: sinks must be float32, .* torch.int64"):
+        call(sinks=torch.ones(4, device=device).long())
+    with pytest.raises(TypeError, match="attention_paged_: k_new must be torch.float32"):
+        call(k_new=new["k_new"].bfloat16())
+    with pytest.raises(ValueError, match="attention_paged_: q must be"):
+        call(0, arguments[0][0])
+    if backend != "cpu":
+        return
     table, held = arguments[3], arguments[4]
     for bad in (-1, 1000):
         broken = table.clone()
@@ -986,17 +1004,5 @@ def test_paged_rejects():
         call(4, held - 10)
     with pytest.raises(RuntimeError, match="must fit its .* blocks"):
         call(4, held + 1000)
-    with pytest.raises(ValueError, match="k_new and v_new must be given together"):
-        call(v_new=None)
-    with pytest.raises(ValueError, match="got no k_new"):
-        angles = torch.zeros(64, 16)
-        call(k_new=None, v_new=None, cos=angles, sin=angles)
     with pytest.raises(RuntimeError, match="cos and sin must reach position 10, got 10 rows"):
-        angles = torch.zeros(10, 16)
         call(cos=angles, sin=angles)
-    with pytest.raises(TypeError, match="attention_paged_: sinks must be float32, .* torch.int64"):
-        call(sinks=torch.ones(4).long())
-    with pytest.raises(TypeError, match="attention_paged_: k_new must be torch.float32"):
-        call(k_new=new["k_new"].bfloat16())
-    with pytest.raises(ValueError, match="attention_paged_: q must be"):
-        call(0, arguments[0][0])
