@@ -1,4 +1,4 @@
-.PHONY: dev test full bench lint format
+.PHONY: dev test full bench gpu-report lint format
 
 dev:      # editable install with everything that development needs
 	pip install -e '.[dev,tensorboard]'
@@ -8,6 +8,8 @@ full:     # the long loops too: 100 kills per stage
 	pytest python_tests --full
 bench:    # every op against its rivals, appended to bench/results
 	python bench/bench.py all --record
+gpu-report:  # on a machine with a GPU: build, test, train and measure, in less than 8 minutes
+	python bench/gpu_report.py
 lint:
 	ruff check . && ruff format --check . && bash .ci/check_objects
 format:

@@ -48,12 +48,14 @@ struct AttentionArgs {
   int64_t slopes_batch;
   const float* sinks;  // (H,); null: none
   AttentionPages pages;
-  int64_t sequences, queries, keys;  // B, T, S; when packed T and S are the rows of q and k
+  // B, T, S; when packed T and S are the rows of q and k; with pages S is the most that a sequence
+  // of the block table can hold.
+  int64_t sequences, queries, keys;
   int64_t heads, kv_heads, dim;
   int64_t left, right;  // keys besides the diagonal one; kAttentionUnbounded: all
   float scale, softcap;
   Dtype dtype, kv_dtype;
-  float* workspace;  // attention_plan(dim) floats per thread, then one int32 per thread
+  float* workspace;  // CPU: attention_plan(dim) floats per thread, then one int32 per thread
   int threads;
 };
 constexpr int64_t kAttentionUnbounded = int64_t{1} << 40;
@@ -64,7 +66,7 @@ struct AttentionBackwardArgs {
   AttentionTensor grad_out, grad_q, grad_k, grad_v;
   const float* grad_lse;  // like lse; null: 0
   float* grad_sinks;      // (H,); null: not wanted
-  // Where a sequence has more than plan.back_keys keys: the gradient of q over the blocks of keys
+  // On the CPU, where a sequence has more than plan.back_keys keys: the gradient of q over the blocks of keys
   // so far, (queries of all sequences, H, padded dim), and a zeroed counter per block of query
   // rows.
   float* sums;
@@ -72,7 +74,67 @@ struct AttentionBackwardArgs {
   int64_t turns_size;
 };
 
-// How a head is cut, and the scratch it takes: constants of the head dim, so that bits depend on
+// ---- sequences, and what their rows see
+
+// Row r of a sequence is query r / group: kernels that take the query heads of a key/value head
+// together have group = heads / kv_heads, those that take one at a time have 1.
+struct AttentionSequence {
+  int64_t queries, keys;            // T and S
+  int64_t first_query, first_key;   // of a packed tensor
+  int64_t index, group, position0;  // position0 = S - T: where query 0 stands
+  int64_t left, right;
+
+  IC_HOST_DEVICE int64_t rows() const { return queries * group; }
+  IC_HOST_DEVICE int64_t position(int64_t row) const {
+    return (group == 1 ? row : row / group) + position0;
+  }
+  // Row r sees keys first_seen(r) .. end_seen(r) - 1; both never decrease with r.
+  IC_HOST_DEVICE int64_t first_seen(int64_t row) const {
+    const int64_t first = position(row) - left;
+    return first > 0 ? first : 0;
+  }
+  IC_HOST_DEVICE int64_t end_seen(int64_t row) const {
+    const int64_t end = position(row) + right + 1;
+    return end < 0 ? 0 : end < keys ? end : keys;
+  }
+  // Key s is seen by rows first_row(s) .. end_row(s) - 1.
+  IC_HOST_DEVICE int64_t first_row(int64_t key) const {
+    return clip(key - position0 - right) * group;
+  }
+  IC_HOST_DEVICE int64_t end_row(int64_t key) const {
+    return clip(key - position0 + left + 1) * group;
+  }
+
+ private:
+  IC_HOST_DEVICE int64_t clip(int64_t t) const { return t < 0 ? 0 : t < queries ? t : queries; }
+};
+
+IC_HOST_DEVICE AttentionSequence attention_sequence(const AttentionArgs& a, int64_t b) {
+  AttentionSequence s{a.queries, a.keys, 0, 0, b, a.heads / a.kv_heads, 0, a.left, a.right};
+  if (a.cu_q) {
+    s.first_query = a.cu_q[b];
+    s.queries = a.cu_q[b + 1] - a.cu_q[b];
+  }
+  if (a.cu_k) {
+    s.first_key = a.cu_k[b];
+    s.keys = a.cu_k[b + 1] - a.cu_k[b];
+  }
+  if (a.pages.block_table) s.keys = a.pages.cache_seqlens[b] + (a.pages.k_new.data ? s.queries : 0);
+  s.position0 = s.keys - s.queries;
+  return s;
+}
+
+// Where a sequence starts among the queries of all.
+IC_HOST_DEVICE int64_t attention_first_token(const AttentionArgs& a, const AttentionSequence& s) {
+  return a.cu_q ? s.first_query : s.index * a.queries;
+}
+
+IC_HOST_DEVICE int64_t attention_lse_index(const AttentionArgs& a, const AttentionSequence& s,
+                                           int64_t head, int64_t t) {
+  return a.cu_q ? head * a.queries + s.first_query + t : (s.index * a.heads + head) * a.queries + t;
+}
+
+// How a head is cut on the CPU, and the scratch it takes: constants of the head dim, so that bits depend on
 // nothing else.
 struct AttentionPlan {
   int64_t padded;                // dim rounded up to whole vectors
@@ -98,5 +160,12 @@ constexpr AttentionPlan attention_plan(int64_t dim) {
 
 IC_CPU_KERNEL(attention_cpu, AttentionArgs)
 IC_CPU_KERNEL(attention_backward_cpu, AttentionBackwardArgs)
+
+void attention_cuda(const AttentionArgs&, void* stream);
+void attention_backward_cuda(const AttentionBackwardArgs&, void* stream);
+// Floats of workspace, 1 or more: of the sizes and dtypes alone. `paged`: keys is the most that a
+// sequence of the block table can hold.
+int64_t attention_workspace_cuda(const AttentionArgs&, bool paged);
+int64_t attention_backward_workspace_cuda(const AttentionArgs&);
 
 }  // namespace ic

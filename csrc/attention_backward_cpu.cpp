@@ -103,10 +103,10 @@ class BackwardTask {
     float* sums = grad_q_;  // of row all.begin
     int32_t* turn = nullptr;
     if (first < last) {
-      const int64_t row = first_token(a_, s_) * a_.heads + kv_head_ * s_.rows() + all.begin;
+      const int64_t row = attention_first_token(a_, s_) * a_.heads + kv_head_ * s_.rows() + all.begin;
       sums = b_.sums + row * plan_.padded;
       turn = b_.turns + kv_head_ * (b_.turns_size / a_.kv_heads) + s_.index + block +
-             first_token(a_, s_) * s_.group / plan_.back_rows;
+             attention_first_token(a_, s_) * s_.group / plan_.back_rows;
       while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != index - first) sched_yield();
     }
     for (int64_t r = here.begin; r < here.end; r += kTileRows)
@@ -131,7 +131,7 @@ class BackwardTask {
     dot_rows(dout_, grad_q_, n, padded, delta_);
     for (int64_t i = 0; i < n; ++i) {
       const int64_t row = rows.begin + i, head = kv_head_ * s_.group + row % s_.group;
-      const int64_t at = lse_index(a_, s_, head, row / s_.group);
+      const int64_t at = attention_lse_index(a_, s_, head, row / s_.group);
       lse_[i] = a_.lse[at];
       if (b_.grad_lse) delta_[i] -= b_.grad_lse[at];
     }
@@ -242,11 +242,11 @@ void sink_gradient(const AttentionBackwardArgs& b, int64_t head) {
   float dout[kAttentionMaxDim], out[kAttentionMaxDim], delta[kLanes];
   double sum = 0.0;
   for (int64_t i = 0; i < a.sequences; ++i) {
-    const Sequence s = sequence_of(a, i);
+    const Sequence s = attention_sequence(a, i);
     const Rows dout_rows = query_rows(b.grad_out, a.dtype, s, kv_head);
     const Rows out_rows = query_rows(a.out, a.dtype, s, kv_head);
     for (int64_t t = 0; t < s.queries; ++t) {
-      const int64_t at = lse_index(a, s, head, t), row = t * s.group + head % s.group;
+      const int64_t at = attention_lse_index(a, s, head, t), row = t * s.group + head % s.group;
       if (s.end_seen(row) <= s.first_seen(row)) continue;
       const float share = lanes_of(exp_normal(broadcast(a.sinks[head] - a.lse[at])))[0];
       if (!(a.sinks[head] > -__FLT_MAX__)) continue;
@@ -286,7 +286,7 @@ void attention_backward_cpu(const AttentionBackwardArgs& b) {
     Slot slot(a.workspace, plan.backward_floats, a.threads);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t unit = task % units, block = task / units;
-      const Sequence s = sequence_of(a, unit / a.kv_heads);
+      const Sequence s = attention_sequence(a, unit / a.kv_heads);
       if (block > 0 && block * plan.back_keys >= s.keys) continue;
       BackwardTask(b, plan, s, unit % a.kv_heads, slot.scratch()).run(block);
     }

@@ -15,43 +15,9 @@ IC_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 IC_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 IC_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// ---- sequences and what their rows see ----
+// ---- sequences ----
 
-struct Sequence {
-  int64_t queries, keys;            // T and S
-  int64_t first_query, first_key;   // of a packed tensor
-  int64_t index, group, position0;  // position0 = S - T: where query 0 stands
-  int64_t left, right;
-
-  int64_t rows() const { return queries * group; }
-  int64_t position(int64_t row) const { return (group == 1 ? row : row / group) + position0; }
-  // Row r sees keys first_seen(r) .. end_seen(r) - 1; both never decrease with r.
-  int64_t first_seen(int64_t row) const { return larger(0, position(row) - left); }
-  int64_t end_seen(int64_t row) const {
-    return larger(0, smaller(keys, position(row) + right + 1));
-  }
-  // Key s is seen by rows first_row(s) .. end_row(s) - 1.
-  int64_t first_row(int64_t key) const { return clip(key - position0 - right) * group; }
-  int64_t end_row(int64_t key) const { return clip(key - position0 + left + 1) * group; }
-
- private:
-  int64_t clip(int64_t t) const { return larger(0, smaller(queries, t)); }
-};
-
-Sequence sequence_of(const AttentionArgs& a, int64_t b) {
-  Sequence s{a.queries, a.keys, 0, 0, b, a.heads / a.kv_heads, 0, a.left, a.right};
-  if (a.cu_q) {
-    s.first_query = a.cu_q[b];
-    s.queries = a.cu_q[b + 1] - a.cu_q[b];
-  }
-  if (a.cu_k) {
-    s.first_key = a.cu_k[b];
-    s.keys = a.cu_k[b + 1] - a.cu_k[b];
-  }
-  if (a.pages.block_table) s.keys = a.pages.cache_seqlens[b] + (a.pages.k_new.data ? s.queries : 0);
-  s.position0 = s.keys - s.queries;
-  return s;
-}
+using Sequence = AttentionSequence;
 
 // Longest sequences and the work of all, which decide how tasks are cut.
 struct Extent {
@@ -62,21 +28,12 @@ struct Extent {
 Extent extent_of(const AttentionArgs& a) {
   Extent e;
   for (int64_t b = 0; b < a.sequences; ++b) {
-    const Sequence s = sequence_of(a, b);
+    const Sequence s = attention_sequence(a, b);
     e.queries = larger(e.queries, s.queries);
     e.keys = larger(e.keys, s.keys);
     e.pairs += static_cast<double>(s.queries) * static_cast<double>(s.keys);
   }
   return e;
-}
-
-// Where a sequence starts among the queries of all.
-IC_INLINE int64_t first_token(const AttentionArgs& a, const Sequence& s) {
-  return a.cu_q ? s.first_query : s.index * a.queries;
-}
-
-int64_t lse_index(const AttentionArgs& a, const Sequence& s, int64_t head, int64_t t) {
-  return a.cu_q ? head * a.queries + s.first_query + t : (s.index * a.heads + head) * a.queries + t;
 }
 
 // x where vector v of a block holds keys a .. z - 1, else `other`.

@@ -174,7 +174,7 @@ class ForwardTask {
   void finish(int64_t row, int64_t i) {
     const int64_t head = head_of(row), t = row / s_.group;
     const Rows out = query_rows(a_.out, a_.dtype, s_, kv_head_);
-    float* lse = a_.lse + lse_index(a_, s_, head, t);
+    float* lse = a_.lse + attention_lse_index(a_, s_, head, t);
     const float sink = a_.sinks ? a_.sinks[head] : -__builtin_inff();
     if (s_.end_seen(row) <= s_.first_seen(row)) {
       const float zeros[kAttentionMaxDim] = {};
@@ -235,7 +235,7 @@ void append_all(const AttentionArgs& a, const Extent& extent) {
   const int64_t grain = 65536 / (kTokens * a.kv_heads * a.dim) + 1;
   parallel_rows(a.sequences * chunks, grain, a.threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const Sequence s = sequence_of(a, i / chunks);
+      const Sequence s = attention_sequence(a, i / chunks);
       const int64_t first = i % chunks * kTokens;
       for (int64_t t = first; t < smaller(s.queries, first + kTokens); ++t) append(a, s, t);
     }
@@ -270,7 +270,7 @@ void attention_cpu(const AttentionArgs& a) {
     Slot slot(a.workspace, plan.forward_floats, a.threads);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t unit = task % units, first = (blocks - 1 - task / units) * block;
-      const Sequence s = sequence_of(a, unit / a.kv_heads);
+      const Sequence s = attention_sequence(a, unit / a.kv_heads);
       if (first >= s.rows()) continue;
       ForwardTask(a, plan, s, unit % a.kv_heads, slot.scratch())
           .run(first, smaller(s.rows(), first + block));

@@ -197,6 +197,13 @@ IC_GPU float2 unpack2(uint32_t both) {
   }
 }
 
+// x, of which the compiler knows nothing: what follows from it is computed where it is needed, not
+// kept in registers from before a loop.
+IC_GPU int computed_here(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- between blocks
 
 // What the releasing thread wrote before (and what it saw, after a barrier) is visible after the

@@ -62,8 +62,8 @@ void check_cu_seqlens(const char* op, const TensorView& cu_seqlens, int64_t n) {
 #endif
 
 // The ops that have CUDA kernels.
-[[maybe_unused]] constexpr const char* kCudaOps[] = {"cross_entropy", "gae", "ppo_advantage", "ppo_loss",
-                                                "sample", "token_logprobs"};
+[[maybe_unused]] constexpr const char* kCudaOps[] = {
+    "attention", "cross_entropy", "gae", "ppo_advantage", "ppo_loss", "sample", "token_logprobs"};
 
 // Runs the kernel of `where`'s device without the GIL; a CUDA kernel on that device and torch's current stream
 // of it. `cuda` is null where there is none.
@@ -215,14 +215,38 @@ py::tuple attention_plan(int64_t dim) {
   return py::make_tuple(p.forward_floats, p.backward_floats, p.back_keys, p.back_rows, p.padded);
 }
 
+// Floats of workspace that a call on q's device takes: 0 on the CPU, where it depends on the threads.
+int64_t attention_workspace([[maybe_unused]] TensorView q, [[maybe_unused]] TensorView k,
+                            [[maybe_unused]] OptionalView block_table,
+                            [[maybe_unused]] bool backward) {
+#ifdef IC_CUDA
+  if (on_gpu(q)) {
+    const ic::DeviceGuard current(q.device());
+    ic::AttentionArgs args{};
+    args.sequences = q.size(0);
+    args.queries = q.size(-3);
+    args.keys = block_table ? block_table->size(1) * k.size(1) : k.size(-3);
+    args.heads = q.size(-2);
+    args.kv_heads = k.size(-2);
+    args.dim = q.size(-1);
+    args.dtype = q.dtype();
+    args.kv_dtype = k.dtype();
+    if (q.ndim() == 3) args.sequences = block_table ? block_table->size(0) : 1;
+    if (backward) return ic::attention_backward_workspace_cuda(args);
+    return ic::attention_workspace_cuda(args, block_table.has_value());
+  }
+#endif
+  return 0;
+}
+
 void attention(TensorView q, TensorView k, TensorView v, OptionalView cu_q, OptionalView cu_k,
                OptionalView slopes, OptionalView sinks, TensorView out, TensorView lse,
                TensorView workspace, bool causal, float scale, int64_t left, int64_t right,
                float softcap, int threads) {
   const char* op = attention_name(cu_q);
-  run(op, q, ic::attention_cpu, nullptr,
-             attention_args(op, q, k, v, cu_q, cu_k, slopes, sinks, out, lse, workspace, causal,
-                            scale, left, right, softcap, threads));
+  run(op, q, ic::attention_cpu, CUDA_KERNEL(attention_cuda),
+      attention_args(op, q, k, v, cu_q, cu_k, slopes, sinks, out, lse, workspace, causal, scale,
+                     left, right, softcap, threads));
 }
 
 void attention_backward(TensorView q, TensorView k, TensorView v, OptionalView cu_q,
@@ -253,7 +277,7 @@ void attention_backward(TensorView q, TensorView k, TensorView v, OptionalView c
                ": sequences must have at most max_seqlen_k keys, got ", cu[b + 1] - cu[b],
                " in sequence ", b);
   }
-  run(op, q, ic::attention_backward_cpu, nullptr, args);
+  run(op, q, ic::attention_backward_cpu, CUDA_KERNEL(attention_backward_cuda), args);
 }
 
 // Every block that a sequence uses, or will with its new tokens, must exist; positions must have
@@ -295,6 +319,7 @@ void attention_paged(TensorView q, TensorView k_cache, TensorView v_cache, Tenso
   ic::AttentionPages& pages = args.pages;
   pages.block_table = block_table.data<const int32_t>();
   pages.cache_seqlens = cache_seqlens.data<const int32_t>();
+  args.keys = block_table.size(1) * k_cache.size(1);
   pages.table_row = block_table.stride(0);
   pages.block_size = k_cache.size(1);
   pages.k_block = k_cache.stride(0);
@@ -304,7 +329,7 @@ void attention_paged(TensorView q, TensorView k_cache, TensorView v_cache, Tenso
   pages.cos = data_or_null<const float>(cos);
   pages.sin = data_or_null<const float>(sin);
   pages.interleaved = interleaved;
-  run("attention_paged_", q, ic::attention_cpu, nullptr, args);
+  run("attention_paged_", q, ic::attention_cpu, CUDA_KERNEL(attention_cuda), args);
 }
 
 // ---- cross_entropy ----
@@ -660,6 +685,8 @@ PYBIND11_MODULE(_C, m) {
 #endif
 
   m.def("attention_plan", &attention_plan, py::arg("dim"));
+  m.def("attention_workspace", &attention_workspace, py::arg("q"), py::arg("k"),
+        py::arg("block_table"), py::arg("backward"));
   m.def("attention", &attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("cu_q"),
         py::arg("cu_k"), py::arg("slopes"), py::arg("sinks"), py::arg("out"), py::arg("lse"),
         py::arg("workspace"), py::arg("causal"), py::arg("scale"), py::arg("left"),

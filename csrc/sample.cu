@@ -1,5 +1,5 @@
-// sample on CUDA: a block for each row, one launch, no workspace. The row is read again for each step,
-// from L2 as far as it holds the rows in flight.
+// sample on CUDA: a block for each row, one launch, no workspace. The row is read again for each
+// step, from L2 as far as it holds the rows in flight.
 //
 //   statistics  of the raw logits, and of what is drawn from unless that is the same
 //   truncation  only where it is asked for: a search for the cut instead of a sort, and the
@@ -11,21 +11,22 @@
 // Search: the cut is at the greatest value such that the weight (number or probability) at or above
 // it reaches a target. It lies in a bracket of values; a sweep over the row weighs what is at or
 // above three pivots that quarter the bracket, and finds the least and the greatest token inside,
-// until they are equal. So a sweep leaves a quarter of the bracket or less: a few of them for logits
-// as models have them, at most 139 for any floats. Sums have a fixed order, in which they fall as the
-// pivot rises.
+// until they are equal. So a sweep leaves a quarter of the bracket or less: a few of them for
+// logits as models have them, some 140 at most for any floats. Sums have a fixed order, in which
+// they fall as the pivot rises.
 //
-// Draw: the noise costs more than all else, and few tokens can win. -ln u is above the noise and
-// u < e^(z - bar) is one ex2, so only tokens that may beat `bar` get logarithms. The greatest score is
-// Gumbel-distributed about ln sum e^z: with a bar of 2.5 below, 12 tokens of a row pass, and one row
-// in 200,000 has none and is drawn again without a bar.
+// Draw: the noise costs more than all else, and few tokens can win. -ln u is above the noise and u
+// < e^(z - bar) is one ex2, so only tokens that may beat `bar` get logarithms. The greatest score
+// is Gumbel-distributed about ln sum e^z: with a bar of 2.5 below, 12 tokens of a row pass, and one
+// row in 200,000 has none and is drawn again without a bar.
 //
 // Bytes: 2 N V with 16-bit logits, 4 N V with float32; 8192 rows of 151936 bfloat16 take 0.52 ms at
-// the 4.8 TB/s of an H200. That is for rows that L2 (50 MB) holds, 130 of that length; beyond, each
-// step reads them from memory: two at temperature 1 without truncation. A draw takes about 25
-// instructions a logit, 20 multiplications of Philox for each four among them: 0.7 ms for those
-// rows at an instruction a clock and scheduler, so plain sampling should take the time of two reads.
-// Bias, penalties and disallowed tokens add 4, 5 and 1 bytes a logit to each step.
+// the 4.8 TB/s of an H200. That is for rows that L2 (50 MB) holds, 160 of that length; beyond, each
+// step reads them from memory: two steps at temperature 1 without truncation, three at another. A
+// draw takes about 25 issue slots a logit, most of them Philox's 20 wide multiplications for four
+// logits: 1.1 ms for those rows, so that plain sampling is bound by the statistics' bandwidth, then
+// by arithmetic, and should take 1.6 ms. Bias, penalties and disallowed tokens add 4, 5 and 1 bytes
+// a logit to each step.
 #include "sample.h"
 
 #include "softmax_row.cuh"
@@ -66,6 +67,9 @@ struct AdjustedRow : LogitsRow<T> {
 
   IC_GPU AdjustedRow(const LogitsRow<T>& raw, const SampleArgs& a, int64_t r)
       : LogitsRow<T>(raw), a(a), r(r) {}
+
+  // One way to read it does for any: the other one would double the code, for little.
+  IC_GPU bool aligned() const { return false; }
 
   // kCount logits from y on, of the tokens from i on.
   template <int kCount>
@@ -168,7 +172,7 @@ IC_GPU Split split_row(const Row& row, float max, ScaledExp exp_of, float low, f
       row.values(raw[v], first + v * kRowStep<Row>, y);
 #pragma unroll
       for (int j = 0; j < Row::kItems; ++j) {
-        const float weight = exp_of(y[j] - max);
+        const float weight = exp_of(fmaxf(y[j] - max, -kLargest));  // -inf times a scale of 0
 #pragma unroll
         for (int p = 0; p < kPivots; ++p) above[p] += y[j] >= pivot[p] ? weight : 0.0f;
         if (y[j] >= low && y[j] <= high) {
@@ -183,8 +187,8 @@ IC_GPU Split split_row(const Row& row, float max, ScaledExp exp_of, float low, f
       Split{{above[0], above[1], above[2]}, inside, least, greatest}, JoinSplits());
 }
 
-// The index behind the `ties`-th token of a value, of which there are more. Each thread looks through
-// a piece of the row of its own.
+// The index behind the `ties`-th token of a value, of which there are more. Each thread looks
+// through a piece of the row of its own.
 template <class Row>
 IC_GPU int64_t end_of_ties(const Row& row, float value, int64_t ties) {
   constexpr int kItems = Row::kItems;
@@ -221,8 +225,8 @@ IC_GPU int64_t end_of_ties(const Row& row, float value, int64_t ties) {
 }
 
 // Keeps the shortest prefix of the row in falling order, the lower index first among equals, whose
-// weight reaches `target`, or all of it; one token at least. A token weighs e^(scale (y - max)). What
-// is at or above `low` reaches the target.
+// weight reaches `target`, or all of it; one token at least. A token weighs e^(scale (y - max)), 1
+// with a scale of 0. What is at or above `low` reaches the target, if the row does.
 template <class Row>
 IC_GPU Cut prefix(const KeptRow<Row>& row, float max, float scale, double target, float low) {
   const ScaledExp exp_of(scale);

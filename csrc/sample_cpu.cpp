@@ -110,7 +110,7 @@ Pivot find_pivot(Candidates c, float high, double target) {
   double above = 0.0;  // weight of what is greater than `high`
   int64_t inside = c.count;
   while (low < high) {
-    float middle = low + (high - low) * 0.5f;
+    float middle = low * 0.5f + high * 0.5f;  // high - low may be infinite
     if (!(middle > low)) middle = high;
     const Split s = split(c, middle, high);
     if (above + s.weight >= target) {

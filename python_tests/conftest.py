@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import emulated
@@ -32,28 +33,40 @@ def pytest_addoption(parser):
     parser.addoption(
         "--broken", default="", metavar="OP:CSRC", help="an op's emulated kernels from elsewhere"
     )
+    parser.addoption(
+        "--thin", type=int, default=1, metavar="N", help="every N-th emulated case of a test only"
+    )
     parser.addoption("--seed", type=int, default=0, help="of the emulated threads' schedule")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "big: a case too long for the emulator")
+    config.addinivalue_line(
+        "markers", "kernel(op): whose CUDA kernel it takes, where the file's name does not say"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
     """The GPU's kernels know no CPU instruction set, and the emulator does small cases only."""
     best = _C.build_info()["isa"]
+    thin, emulated_cases = config.getoption("--thin"), Counter()
 
     def wanted(item) -> bool:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         backend = parameters.get("backend", "cpu")
         if backend != "cpu" and parameters.get("isa", best) != best:
             return False
-        return backend != "emulated" or item.get_closest_marker("big") is None
+        if backend != "emulated":
+            return True
+        if item.get_closest_marker("big"):
+            return False
+        emulated_cases[item.originalname] += 1
+        return emulated_cases[item.originalname] % thin == 1 % thin
 
-    dropped = [item for item in items if not wanted(item)]
-    if dropped:
-        config.hook.pytest_deselected(items=dropped)
-        items[:] = [item for item in items if wanted(item)]
+    kept = [item for item in items if wanted(item)]
+    if len(kept) < len(items):
+        config.hook.pytest_deselected(items=list(set(items) - set(kept)))
+        items[:] = kept
 
 
 def emulated_module(config):
@@ -68,7 +81,9 @@ def full(request) -> bool:
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch) -> str:
     """Who runs the kernels: the CPU's, CUDA's on the emulator, or CUDA's on a GPU."""
-    op = request.path.stem.removeprefix("test_").removeprefix("linear_")
+    marked = request.node.get_closest_marker("kernel")
+    op = marked.args[0] if marked else request.path.stem.removeprefix("test_")
+    op = op.removeprefix("linear_")
     if request.param == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")

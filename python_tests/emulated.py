@@ -73,7 +73,8 @@ def load(flavour: str = "fast", broken: str = "") -> ModuleType:
     """The emulated `_C`, built if need be. `broken`: "op:csrc", that op's kernels come from
     other sources."""
     op, _, csrc = broken.partition(":")
-    path = build_module(flavour, {f"{op}.cu": Path(csrc)} if op else {})
+    elsewhere = {name: Path(csrc) for name in KERNELS if op and name.startswith(op)}
+    path = build_module(flavour, elsewhere)
     loader = importlib.machinery.ExtensionFileLoader("_C", str(path))
     spec = importlib.util.spec_from_file_location("_C", path, loader=loader)
     module = importlib.util.module_from_spec(spec)

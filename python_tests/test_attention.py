@@ -116,6 +116,70 @@ def test_matches_reference_in_every_dtype_and_layout(device, dtype, shape, layou
         check_forward(*inputs(shape, dtype, device, layout), settings(name, shape, device))
 
 
+# What the tensor cores' kernels add: padded head dims, several tiles and segments of keys.
+SHAPES_16 = {
+    (1, 300, 300, 2, 1, 64): "tiles of rows and keys, odd",
+    (1, 40, 1100, 2, 1, 80): "three segments of keys, a head dim that is padded",
+    (2, 33, 70, 2, 2, 128): "no padding",
+    (1, 70, 90, 1, 1, 200): "one warp's rows and more, the largest padded head dim",
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("shape", [*SHAPES, *SHAPES_16], ids=str)
+def test_matches_reference_in_16_bits(device, shape, name):
+    dtype = torch.float16 if shape[0] == 2 else torch.bfloat16
+    check_forward(*inputs(shape, dtype, device), settings(name, shape, device))
+
+
+def test_same_bits_in_16_bits(device, threads):
+    """A query's bits come from its own keys alone: across tiles and segments of them too."""
+    q, k, v = inputs((2, 600, 600, 4, 2, 64), torch.bfloat16, device)
+    full, full_lse = attention(q, k, v, return_lse=True)
+    for t in (0, 31, 32, 63, 64, 511, 512, 599):
+        step, lse = attention(q[:, t : t + 1], k[:, : t + 1], v[:, : t + 1], return_lse=True)
+        assert_same_bits(step, full[:, t : t + 1])
+        assert_same_bits(lse, full_lse[..., t : t + 1])
+    assert_same_bits(full[:, 450:577], attention(q[:, 450:577], k[:, :577], v[:, :577]))
+    assert_same_bits(full[1:], attention(q[1:], k[1:], v[1:]))
+    repeated = attention(q, *(x.repeat_interleave(2, dim=2) for x in (k, v)))
+    assert_same_bits(full, repeated)
+    assert_same_bits(full, attention(q, k, v, window=(600, 600)))
+    assert_same_bits(full[:, 0], v[:, 0].repeat_interleave(2, dim=1))
+    # Packed, with a stranger before and after.
+    packs = [torch.cat([x[0, :77], x[1], x[0, :5]]) for x in (q, k, v)]
+    cu = torch.tensor([0, 77, 677, 680], dtype=torch.int32, device=device)
+    threads(2)
+    out, lse = attention_varlen(*packs, cu, cu, return_lse=True)
+    assert_same_bits(out[77:677], full[1])
+    assert_same_bits(lse[:, 77:677], full_lse[1])
+    assert out[680:].eq(0).all() and lse[:, 680:].eq(-torch.inf).all()
+
+
+@pytest.mark.parametrize("poison", [NAN, float("inf")])
+def test_hidden_values_do_not_leak_in_16_bits(device, poison):
+    q, k, v = inputs((1, 150, 150, 2, 1, 64), torch.bfloat16, device)
+    clean = attention(q, k, v)
+    for x in (q, k, v):
+        dirty = x.clone()
+        dirty[:, 70:] = poison
+        parts = [dirty if y is x else y for y in (q, k, v)]
+        out = attention(*parts)
+        assert_same_bits(out[:, :70], clean[:, :70])
+        assert not out[:, 70:].isfinite().any()
+    clean = attention(q, k, v, window=(30, 0))
+    for x in (k, v):
+        dirty = x.clone()
+        dirty[:, :10] = poison
+        out = attention(*(dirty if y is x else y for y in (q, k, v)), window=(30, 0))
+        assert_same_bits(out[:, 40:], clean[:, 40:])
+    # A NaN is seen in its own column, by those who see its key.
+    v[0, 100, 0, 5] = NAN
+    out = attention(q, k, v)
+    assert out[0, 100:, :, 5].isnan().all() and out[0, :100].isfinite().all()
+    assert out[0, 100:, :, 6:].isfinite().all()
+
+
 def gradients(op, q, k, v, options, grad_out, grad_lse, more=()):
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     leaves = [q, k, v]
@@ -172,6 +236,111 @@ def test_gradients_across_blocks_of_keys(device):
         check_gradients(*inputs(shape, device=device), settings(name, shape, device))
 
 
+# As SHAPES_16: blocks of 128 and of 64 keys and rows, tiles of 32 in them, heads in groups of both.
+SHAPES_16_BACK = {
+    (2, 1, 33, 4, 2, 8): "one query, the smallest head dim",
+    (1, 7, 0, 2, 2, 8): "no keys",
+    (1, 0, 7, 2, 2, 64): "no queries",
+    (1, 150, 290, 2, 1, 64): "blocks of rows and of keys, odd",
+    (2, 33, 70, 6, 2, 80): "a head dim that is padded, groups of three",
+    (1, 140, 45, 2, 2, 128): "rows without a key when causal",
+    (1, 70, 131, 2, 1, 256): "smaller blocks",
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("shape", SHAPES_16_BACK, ids=str)
+def test_gradients_in_16_bits(device, shape, name):
+    dtype = torch.float16 if shape[0] == 2 else torch.bfloat16
+    check_gradients(*inputs(shape, dtype, device), settings(name, shape, device))
+
+
+def test_unaligned_rows_give_the_same_bits_in_16_bits(device):
+    tensors = inputs((2, 40, 70, 2, 1, 24), torch.bfloat16, device)
+    tensors.append(torch.randn_like(tensors[0]))
+
+    def run(q, k, v, grad):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = attention(*leaves)
+        return out, *torch.autograd.grad(out, leaves, grad)
+
+    def shifted(x):
+        wide = x.new_full((*x.shape[:-1], x.shape[-1] + 3), NAN)
+        wide[..., 1:-2] = x
+        return wide[..., 1:-2]
+
+    for a, b in zip(run(*tensors), run(*map(shifted, tensors)), strict=True):
+        assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("dim, n", [(64, 150), (256, 70)])
+def test_same_gradient_bits_in_16_bits(device, threads, dim, n):
+    """What a sequence gets comes from itself alone, in any order of a GPU's threads."""
+    q, k, v = inputs((2, n, n, 2, 1, dim), torch.bfloat16, device)
+    grad = torch.randn_like(q)
+
+    def gradients_of(op, *tensors, grad):
+        leaves = [x.detach().requires_grad_() for x in tensors[:3]]
+        return torch.autograd.grad(op(*leaves, *tensors[3:]), leaves, grad)
+
+    both = gradients_of(attention, q, k, v, grad=grad)
+    for order in (1, 2, 3):
+        threads(order)
+        second = gradients_of(attention, *(x[1:] for x in (q, k, v)), grad=grad[1:])
+        for a, b in zip(both, second, strict=True):
+            assert_same_bits(a[1:], b)
+    # Packed, with a stranger before and after.
+    cu = torch.tensor([0, 37, 37 + n, 40 + n], dtype=torch.int32, device=device)
+    packs = [torch.cat([x[0, :37], x[1], x[0, :5]]) for x in (q, k, v, grad)]
+    packs[3][40 + n :] = NAN
+    for a, b in zip(
+        both, gradients_of(attention_varlen, *packs[:3], cu, cu, grad=packs[3]), strict=True
+    ):
+        assert_same_bits(a[1], b[37 : 37 + n])
+        assert b[40 + n :].eq(0).all()
+
+
+@pytest.mark.parametrize("dim, n, poison", [(64, 10, NAN), (64, 10, float("inf")), (256, 5, NAN)])
+def test_hidden_gradients_do_not_leak_in_16_bits(device, dim, n, poison):
+    dtype = torch.bfloat16 if poison != poison else torch.float16
+    q, k, v = inputs((1, 15 * n, 15 * n, 2, 1, dim), dtype, device)
+    tensors = {"q": q, "k": k, "v": v, "grad": torch.randn_like(q)}
+
+    def run(window=None, **changed):
+        q, k, v, grad = {**tensors, **changed}.values()
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        return torch.autograd.grad(attention(*leaves, window=window), leaves, grad)
+
+    def dirty(name, rows):
+        x = tensors[name].clone()
+        x[:, rows] = poison
+        return {name: x}
+
+    window = (3 * n, 0)
+    clean, windowed = run(), run(window)
+    for name in ("k", "v"):
+        dq, _, _ = run(**dirty(name, slice(7 * n, None)))
+        assert_same_bits(dq[:, : 7 * n], clean[0][:, : 7 * n])
+        # Keys before n are to the left of what queries from 4 n on see, and of who shares a key
+        # with those.
+        for a, b in zip(run(window, **dirty(name, slice(n))), windowed, strict=True):
+            assert_same_bits(a[:, 4 * n :], b[:, 4 * n :])
+    for name in ("q", "grad"):
+        for a, b in zip(run(**dirty(name, slice(7 * n))), clean, strict=True):
+            assert_same_bits(a[:, 7 * n :], b[:, 7 * n :])
+        for a, b in zip(run(window, **dirty(name, slice(10 * n, None))), windowed, strict=True):
+            assert_same_bits(a[:, : 7 * n], b[:, : 7 * n])
+    # What is seen shows: in its own column of dv and in dk, of the keys that it sees; in its dq.
+    grad, t = tensors["grad"].clone(), 10 * n
+    grad[0, t, 1, 5] = poison
+    dq, dk, dv = run(grad=grad)
+    for x in (dk, dv):
+        assert not x[0, : t + 1, 0, 5].isfinite().any() and x[0, t + 1 :].isfinite().all()
+    assert dv[0, :, 0, 6:].isfinite().all()
+    assert not dq[0, t, 1].isfinite().any() and dq[0, t, 0].isfinite().all()
+    assert dq[0, :t].isfinite().all() and dq[0, t + 1 :].isfinite().all()
+
+
 LENGTHS_Q, LENGTHS_K = [5, 0, 1, 70, 12, 3], [5, 4, 0, 70, 300, 1]
 
 
@@ -194,16 +363,16 @@ def test_varlen_matches_reference(device, dtype, name):
 
 
 @pytest.mark.parametrize("name", ["causal", "everything"])
-def test_varlen_gradients(device, name):
-    q, k, v, cu_q, cu_k = packed(device=device)
+def test_varlen_gradients(device, dtype, name):
+    q, k, v, cu_q, cu_k = packed(dtype, device)
     options = settings(name, (len(LENGTHS_Q), 0, 0, 4, 2, 32), device)
     check_gradients(
         q, k, v, options, attention_varlen, attention_varlen_reference, more=(cu_q, cu_k)
     )
 
 
-def test_varlen_equals_each_sequence_alone(device):
-    q, k, v, cu_q, cu_k = packed(device=device)
+def test_varlen_equals_each_sequence_alone(device, dtype):
+    q, k, v, cu_q, cu_k = packed(dtype, device)
     grad = torch.randn_like(q)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out, lse = attention_varlen(q, k, v, cu_q, cu_k, return_lse=True)
@@ -219,8 +388,8 @@ def test_varlen_equals_each_sequence_alone(device):
             assert_same_bits(whole[part], alone[part])
 
 
-def test_rows_of_no_sequence_are_zero(device):
-    q, k, v, cu_q, cu_k = packed(device=device)
+def test_rows_of_no_sequence_are_zero(device, dtype):
+    q, k, v, cu_q, cu_k = packed(dtype, device)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out, lse = attention_varlen(q, k, v, cu_q, cu_k, return_lse=True)
     grads = torch.autograd.grad(out, leaves, torch.full_like(out, NAN))
@@ -229,8 +398,8 @@ def test_rows_of_no_sequence_are_zero(device):
     assert lse[:, cu_q[-1] :].eq(-torch.inf).all()
 
 
-def test_rows_without_keys(device):
-    q, k, v = inputs((1, 5, 3, 2, 2, 16), device=device)
+def test_rows_without_keys(device, dtype):
+    q, k, v = inputs((1, 5, 3, 2, 2, 16), dtype, device)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     for sinks in (None, torch.tensor([0.5, -1.0], device=device)):
         out, lse = attention(q, k, v, sinks=sinks, return_lse=True)
@@ -243,7 +412,7 @@ def test_rows_without_keys(device):
         assert all(g.isfinite().all() for g in grads)
 
 
-def test_rows_without_keys_give_their_sink_no_gradient(device):
+def test_rows_without_keys_give_their_sink_no_gradient(device, dtype):
     sinks = torch.tensor([0.5, -1.0], device=device, requires_grad=True)
 
     def gradient(q, k, v, poison):
@@ -253,7 +422,7 @@ def test_rows_without_keys_give_their_sink_no_gradient(device):
         grad_out[:, :blind], grad_lse[..., :blind] = poison, poison
         return torch.autograd.grad((out, lse), sinks, (grad_out, grad_lse))[0]
 
-    q, k, v = inputs((1, 5, 3, 2, 2, 16), device=device)
+    q, k, v = inputs((1, 5, 3, 2, 2, 16), dtype, device)
     seeing = gradient(q[:, 2:], k, v, 1.0)
     assert seeing.ne(0).all()
     for poison in (1.0, NAN):
@@ -290,8 +459,13 @@ def test_hidden_values_do_not_leak(device, poison, isa):
     assert out[:, 5:].isnan().all() and out[:, :5].isfinite().all()
 
 
-def test_deterministic(device, threads):
-    q, k, v = inputs((3, 130, 400, 4, 2, 64), device=device)
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 40, 70, 4, 2, 32), pytest.param((3, 130, 400, 4, 2, 64), marks=pytest.mark.big)],
+    ids=str,
+)
+def test_deterministic(device, threads, shape):
+    q, k, v = inputs(shape, device=device)
     grad = torch.randn_like(q)
     packs = packed(device=device)
 
@@ -308,11 +482,11 @@ def test_deterministic(device, threads):
             assert_same_bits(a, b)
 
 
-def test_same_bits_with_and_without_avx512(device):
+def test_same_bits_with_and_without_avx512():
     from instructcore import _C
 
     levels = _C.isa_levels()
-    if device != "cpu" or "x86_64_v4" not in levels:
+    if "x86_64_v4" not in levels:
         pytest.skip("no AVX-512 here")
     q, k, v = inputs((2, 70, 300, 4, 2, 72))
     results = []
@@ -359,8 +533,22 @@ def test_identities(device):
     assert torch.allclose(dv.sum((1, 2)), grad.sum((1, 2)), atol=1e-3)
 
 
-def paged(lengths, counts, dtype=torch.float32, cache_dtype=None, device="cpu", dim=32, size=8):
-    """Random caches that hold `lengths` tokens and `counts` queries to come, blocks shuffled."""
+def paged(
+    lengths,
+    counts,
+    dtype=torch.float32,
+    cache_dtype=None,
+    device="cpu",
+    dim=32,
+    size=8,
+    heads=(4, 2),
+    gap=0,
+    layout="contiguous",
+):
+    """Random caches that hold `lengths` tokens and `counts` queries to come, blocks shuffled.
+
+    `gap` rows before and after those of the sequences belong to none.
+    """
     most = max(-(-(n + m) // size) for n, m in zip(lengths, counts, strict=True)) + 1
     blocks = len(lengths) * most + 3
     order = torch.randperm(blocks)[: len(lengths) * most].reshape(len(lengths), most)
@@ -368,11 +556,15 @@ def paged(lengths, counts, dtype=torch.float32, cache_dtype=None, device="cpu", 
     for b, (n, m) in enumerate(zip(lengths, counts, strict=True)):
         used = -(-(n + m) // size)
         table[b, :used] = order[b, :used]
-    caches = [torch.randn(blocks, size, 2, dim).to(cache_dtype or dtype) for _ in range(2)]
-    rows = sum(counts)
-    q = torch.randn(rows, 4, dim).to(dtype)
-    new = [torch.randn(rows, 2, dim).to(dtype) for _ in range(2)]
-    cu = torch.tensor([0, *counts]).cumsum(0).int()
+    wide = dim + (5 if layout == "unaligned" else 0)
+    caches = [
+        torch.randn(blocks, size, heads[1], wide).to(cache_dtype or dtype).to(device)[..., :dim]
+        for _ in range(2)
+    ]
+    rows = sum(counts) + 2 * gap
+    q = torch.randn(rows, heads[0], wide).to(dtype)[..., :dim]
+    new = [torch.randn(rows, heads[1], wide).to(dtype).to(device)[..., :dim] for _ in range(2)]
+    cu = torch.tensor([gap, *counts]).cumsum(0).int()
     held = torch.tensor(lengths, dtype=torch.int32)
     tensors = [q, *caches, table.int(), held, cu]
     return [x.to(device) for x in tensors], dict(zip(("k_new", "v_new"), new, strict=True))
@@ -386,11 +578,147 @@ HELD, NEW = [17, 0, 31, 5, 8], [1, 20, 9, 0, 1]
 @pytest.mark.parametrize("turn", ["", "halves", "interleaved"])
 def test_paged_matches_reference(device, dtype, cache_dtype, turn):
     arguments, new = paged(HELD, NEW, dtype, cache_dtype, device)
-    options = {**new, "sinks": torch.randn(4), "window": (25, 0)}
+    options = {"sinks": torch.randn(4, device=device), "window": (25, 0)}
+    check_paged(arguments, new, options, turn)
+
+
+HALVES = [torch.bfloat16, torch.float16]
+# What the kernels on tensor cores tell apart: (held, new, paged()'s settings, options, turn)
+PAGED = {
+    "decode": ([1100, 37, 512, 511], [1, 1, 1, 1], {"dim": 64, "size": 16}, "causal", ""),
+    "grouped_by_4": (
+        [1100, 600],
+        [1, 2],
+        {"dim": 80, "size": 48, "heads": (4, 1)},
+        "causal",
+        "halves",
+    ),
+    "grouped_by_8": ([700], [2], {"dim": 128, "size": 16, "heads": (8, 1)}, "sinks", "interleaved"),
+    "rows_apart": (
+        [1000, 3],
+        [3, 8],
+        {"dim": 128, "size": 48, "heads": (8, 1)},
+        "causal",
+        "halves",
+    ),
+    "chunk": ([500, 1030, 0, 9], [70, 1, 40, 0], {"dim": 64, "size": 48}, "causal", "halves"),
+    "odd_group": ([3], [50], {"dim": 64, "size": 7, "heads": (6, 2)}, "alibi", "interleaved"),
+    "dim_256": ([520, 2], [1, 20], {"dim": 256, "size": 16, "heads": (2, 1)}, "sinks", "halves"),
+    "odd_half": ([600], [2], {"dim": 24, "size": 16, "heads": (2, 1)}, "softcap", "halves"),
+    "left_window": ([1100, 560], [1, 9], {"dim": 64, "size": 16}, "left_window", ""),
+    "wide_window": ([1200, 0], [4, 30], {"dim": 64, "size": 16}, "wide_window", "halves"),
+    "everything": ([540, 12], [3, 20], {"dim": 72, "size": 16}, "everything", "halves"),
+    "alibi_per_row": ([540, 12], [3, 6], {"dim": 40, "heads": (6, 2)}, "alibi_per_row", ""),
+    "unaligned": ([530, 3], [2, 30], {"dim": 24, "layout": "unaligned"}, "causal", "halves"),
+    # 3200 slots wanted, 3024 on the emulator's GPU: the first two sequences go without.
+    "too_few_slots": (
+        [530, *[520] * 6],
+        [2, *[8] * 6],
+        {"dim": 256, "size": 16, "heads": (32, 4)},
+        "left_window",
+        "",
+    ),
+}
+OPTIONS["wide_window"] = {"window": (600, 0)}
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("case", PAGED)
+def test_paged_in_pieces(device, dtype, case):
+    held, new, sizes, name, turn = PAGED[case]
+    arguments, new = paged(held, new, dtype, device=device, gap=2, **sizes)
+    options = settings(name, (len(held), 0, 0, arguments[0].shape[1]), device)
+    check_paged(arguments, new, options, turn)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
+def test_paged_deterministic(device, dtype, threads):
+    cases = [
+        paged(held, new, dtype, device=device, dim=64, heads=heads, size=48)
+        for held, new, heads in (([700, 3], [1, 70], (4, 2)), ([1030], [5], (8, 1)))
+    ]
+
+    def run():
+        results = []
+        for (q, k_cache, v_cache, *tables), new in cases:
+            caches = [k_cache.clone(), v_cache.clone()]
+            results += attention_paged_(q, *caches, *tables, **new, return_lse=True)
+            results += caches
+        return results
+
+    first = run()
+    for n in (1, 2, 3):
+        threads(n)
+        for a, b in zip(first, run(), strict=True):
+            assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
+def test_paged_reads_only_its_own(device, dtype):
+    """NaN in free blocks, in rows past a sequence's end and in hidden keys reaches nobody."""
+    held, new = [530, 12, 70], [1, 20, 3]
+    (q, *caches, table, lengths, cu), added = paged(
+        held, new, dtype, device=device, dim=64, size=48
+    )
+    options = {**added, "window": (40, 0)}
+    results = []
+    for poisoned in (False, True):
+        pages = [x.clone() for x in caches]
+        if poisoned:
+            for x in pages:
+                kept = torch.full_like(x, NAN)
+                for b, n in enumerate(held):
+                    at = torch.arange(max(n - 40, 0), n, device=device)  # what query 0 sees
+                    block = table[b, at // 48].long()
+                    kept[block, at % 48] = x[block, at % 48]
+                x.copy_(kept)
+        results.append(attention_paged_(q, *pages, table, lengths, cu, **options, return_lse=True))
+    for a, b in zip(*results, strict=True):
+        assert_same_bits(a, b)
+    assert results[0][0].isfinite().all()
+    # A hidden new value stays hidden: query t does not see token t + 1.
+    added["v_new"] = added["v_new"].clone()
+    added["v_new"][-1] = NAN
+    out = attention_paged_(q, *caches, table, lengths, cu, **added)
+    assert out[:-1].isfinite().all() and out[-1].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("group", [1, 4])
+def test_paged_equals_dense_across_segments(device, dtype, group):
+    """Decode, chunks and a prefill of 530 tokens: one set of bits, the dense pass's."""
+    tokens, dim, size = 530, 64, 48
+    q, k, v = (x[0] for x in inputs((1, tokens, tokens, group, 1, dim), dtype, device))
+    dense, dense_lse = attention(q[None], k[None], v[None], window=(100, 0), return_lse=True)
+    blocks = -(-tokens // size)
+    table = torch.randperm(blocks).to(device)[None].int()
+    caches = [torch.full((blocks, size, 1, dim), NAN, dtype=dtype, device=device) for _ in range(2)]
+    cuts = [0, 300, 509, 510, 511, 512, 513, 516, tokens]
+    for first, last in zip(cuts, cuts[1:], strict=False):
+        held = torch.tensor([first], dtype=torch.int32, device=device)
+        cu = torch.tensor([0, last - first], dtype=torch.int32, device=device)
+        rows = slice(first, last)
+        out, lse = attention_paged_(
+            q[rows],
+            *caches,
+            table,
+            held,
+            cu,
+            k_new=k[rows],
+            v_new=v[rows],
+            window=(100, 0),
+            return_lse=True,
+        )
+        assert_same_bits(out, dense[0, rows], f"{first} to {last}")
+        assert_same_bits(lse, dense_lse[0][:, rows], f"{first} to {last}")
+
+
+def check_paged(arguments, new, options, turn=""):
+    device, dtype, dim = arguments[0].device, arguments[0].dtype, arguments[0].shape[2]
+    options = {**new, **options}
     if turn:
-        angles = torch.rand(64, 16) * 6
+        angles = torch.rand(int(arguments[4].max()) + 100, dim // 2, device=device) * 6
         options |= {"cos": angles.cos(), "sin": angles.sin(), "interleaved": turn == "interleaved"}
-    options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     results = []
     for f, kind in (
         (attention_paged_, dtype),
@@ -399,19 +727,18 @@ def test_paged_matches_reference(device, dtype, cache_dtype, turn):
     ):
         q, k_cache, v_cache, *tables = arguments
         # The float64 reference sees what rounding leaves in the caches.
-        caches = [x.clone() for x in (k_cache, v_cache)]
+        caches = [torch.empty_like(x).copy_(x) for x in (k_cache, v_cache)]
         if kind == torch.float64:
             attention_paged_reference(q, *caches, *tables, **options)
             held = tables[1] + (tables[2][1:] - tables[2][:-1])
-            rotated = rotate_queries(q, tables, options)
+            turns = ("cos", "sin", "interleaved", "k_new", "v_new")
             out, lse = attention_paged_reference(
-                rotated.double(),
+                rotate_queries(q, tables, options).double(),
                 *(x.double() for x in caches),
                 tables[0],
                 held,
                 tables[2],
-                window=options["window"],
-                sinks=options["sinks"].double(),
+                **cast({k: v for k, v in options.items() if k not in turns}, torch.float64),
                 return_lse=True,
             )
         else:
@@ -426,7 +753,7 @@ def test_paged_matches_reference(device, dtype, cache_dtype, turn):
 
 
 def cast_sinks(options, dtype):
-    return {**options, "sinks": options["sinks"].to(dtype)}
+    return {**options, "sinks": options["sinks"].to(dtype)} if "sinks" in options else options
 
 
 def rotate_queries(q, tables, options):
@@ -435,12 +762,14 @@ def rotate_queries(q, tables, options):
         return q
     _, held, cu = tables
     most = int((held + cu[1:] - cu[:-1]).max())
-    table = torch.arange(len(held), dtype=torch.int32)[:, None]
+    table = torch.arange(len(held), dtype=torch.int32, device=q.device)[:, None]
     cache = q.new_zeros(len(held), most, *q.shape[1:])
     turn = {k: options[k] for k in ("cos", "sin", "interleaved")}
     attention_paged_reference(q, cache, cache.clone(), table, held, cu, k_new=q, v_new=q, **turn)
-    rows = [cache[b, held[b] : held[b] + cu[b + 1] - cu[b]] for b in range(len(held))]
-    return torch.cat(rows)
+    turned = q.clone()
+    for b in range(len(held)):
+        turned[cu[b] : cu[b + 1]] = cache[b, held[b] : held[b] + cu[b + 1] - cu[b]]
+    return turned
 
 
 def test_paged_decode_equals_prefill_bit_for_bit(device, dtype):
@@ -486,6 +815,17 @@ def test_paged_without_new_keys_reads_only(device):
         assert_same_bits(a, b)
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
+def test_paged_without_sequences(device, dtype):
+    (q, *caches, table, held, _), new = paged([3], [2], dtype, device=device)
+    cu = torch.zeros(1, dtype=torch.int32, device=device)
+    angles = torch.ones(9, 16, device=device)
+    for turn in ({}, {"cos": angles, "sin": angles}):
+        empty = (q, *caches, table[:0], held[:0], cu)
+        out, lse = attention_paged_(*empty, **new, **turn, return_lse=True)
+        assert out.eq(0).all() and lse.eq(-torch.inf).all()
+
+
 def test_opcheck_and_compile(device):
     ops = torch.ops.instructcore
     q, k, v = inputs((1, 5, 9, 4, 2, 16), device=device)
@@ -525,7 +865,10 @@ def test_opcheck_and_compile(device):
         assert_same_bits(x, y)
 
 
-def test_compile_for_any_packed_length(device):
+@pytest.mark.parametrize(
+    "lengths", [(7, 30, 31, 64), pytest.param((7, 31, 300, 515), marks=pytest.mark.big)], ids=str
+)
+def test_compile_for_any_packed_length(device, lengths):
     graphs = []
 
     def counting(graph, _):
@@ -544,12 +887,13 @@ def test_compile_for_any_packed_length(device):
     for f in (step, longest):
         compiled = torch.compile(f, fullgraph=True, dynamic=True, backend=counter)
         graphs.clear()
-        for n in (7, 30, 31, 64, 300, 515):
+        for n in lengths:
             cu = torch.tensor([0, n // 3, n], dtype=torch.int32, device=device)
             tensors = [x[0] for x in inputs((1, n, n, 4, 2, 16), device=device)]
             results = []
             for g in (compiled, f):
-                leaves = [x.clone().requires_grad_() for x in (*tensors, torch.ones(4))]
+                sinks = torch.ones(4, device=device)
+                leaves = [x.clone().requires_grad_() for x in (*tensors, sinks)]
                 out = g(*leaves[:3], cu, leaves[3])
                 out.square().sum().backward()
                 results.append((out, *(x.grad for x in leaves if x.grad is not None)))
@@ -582,8 +926,8 @@ def test_autocast(device):
     assert_same_bits(out, attention(*(x.bfloat16() for x in (q, k, v))))
 
 
-def test_rejects():
-    q, k, v = inputs((2, 3, 4, 4, 2, 16))
+def test_rejects(device, backend):
+    q, k, v = inputs((2, 3, 4, 4, 2, 16), device=device)
 
     def call(q=q, k=k, v=v, **options):
         return attention(q, k, v, **options)
@@ -604,10 +948,11 @@ def test_rejects():
         call(*(x[..., :12] for x in (q, k, v)))
     with pytest.raises(ValueError, match="attention: window must be"):
         call(window=(-1, 0))
-    for bad in (3, 2.5, "ab", torch.tensor([1, 2])):
+    for bad in (3, 2.5, "ab", torch.tensor([1, 2], device=device)):
         with pytest.raises(TypeError, match=r"attention: window must be \(left, right\), .* got"):
             call(window=bad)
-    for wrong in (torch.ones(4).long(), torch.ones(4).double()):
+    for kind in (torch.int64, torch.float64):
+        wrong = torch.ones(4, dtype=kind, device=device)
         with pytest.raises(TypeError, match="attention: sinks must be float32, bfloat16 or"):
             call(sinks=wrong)
         with pytest.raises(TypeError, match="attention: alibi_slopes must be torch.float32"):
@@ -615,25 +960,25 @@ def test_rejects():
     with pytest.raises(ValueError, match="attention: softcap must be 0"):
         call(softcap=-1.0)
     with pytest.raises(ValueError, match=r"attention: alibi_slopes must be \(4,\) or \(2, 4\)"):
-        call(alibi_slopes=torch.rand(2))
+        call(alibi_slopes=torch.rand(2, device=device))
     with pytest.raises(ValueError, match=r"attention: sinks must be \(4,\)"):
-        call(sinks=torch.rand(2))
-    with pytest.raises(ValueError, match="on cpu, got meta"):
+        call(sinks=torch.rand(2, device=device))
+    with pytest.raises(ValueError, match=f"on {device}.*, got meta"):
         call(k=k.to("meta"))
 
-    rows = (q[0], k[0], v[0])
+    rows, cu = (q[0], k[0], v[0]), torch.tensor([0, 3], dtype=torch.int32, device=device)
+    with pytest.raises(TypeError, match="attention_varlen: sinks must be float32, .* torch.int64"):
+        attention_varlen(*rows, cu, cu, sinks=torch.ones(4, device=device).long())
+    with pytest.raises(TypeError, match="attention_varlen: cu_seqlens_q must be torch.int32"):
+        attention_varlen(*rows, cu.long(), cu.long())
+    with pytest.raises(ValueError, match=r"attention_varlen: cu_seqlens_k must be \(2,\)"):
+        attention_varlen(*rows, cu, cu[:1])
+    if backend != "cpu":  # what follows is in device memory elsewhere
+        return
     for bad in ([0, 4], [2, 1], [-1, 3]):
         cu = torch.tensor(bad, dtype=torch.int32)
         with pytest.raises(RuntimeError, match="attention_varlen: cu_seqlens must"):
             attention_varlen(*rows, cu, cu)
-    with pytest.raises(TypeError, match="attention_varlen: sinks must be float32, .* torch.int64"):
-        cu = torch.tensor([0, 3], dtype=torch.int32)
-        attention_varlen(*rows, cu, cu, sinks=torch.ones(4).long())
-    with pytest.raises(TypeError, match="attention_varlen: cu_seqlens_q must be torch.int32"):
-        attention_varlen(*rows, torch.tensor([0, 3]), torch.tensor([0, 3]))
-    with pytest.raises(ValueError, match=r"attention_varlen: cu_seqlens_k must be \(2,\)"):
-        cu = torch.tensor([0, 3], dtype=torch.int32)
-        attention_varlen(*rows, cu, cu[:1])
     long = torch.randn(600, 2, 16, requires_grad=True)
     cu = torch.tensor([0, 600], dtype=torch.int32)
     out = attention_varlen(long, long, long, cu, cu, max_seqlen_k=5)
@@ -641,8 +986,8 @@ def test_rejects():
         out.sum().backward()
 
 
-def test_paged_rejects():
-    arguments, new = paged([9, 4], [2, 1])
+def test_paged_rejects(device, backend):
+    arguments, new = paged([9, 4], [2, 1], device=device)
 
     def call(at=None, value=None, **options):
         changed = list(arguments)
@@ -650,6 +995,19 @@ def test_paged_rejects():
             changed[at] = value
         return attention_paged_(*changed, **{**new, **options})
 
+    angles = torch.zeros(10, 16, device=device)
+    with pytest.raises(ValueError, match="k_new and v_new must be given together"):
+        call(v_new=None)
+    with pytest.raises(ValueError, match="got no k_new"):
+        call(k_new=None, v_new=None, cos=angles, sin=angles)
+    with pytest.raises(TypeError, match="attention_paged_: sinks must be float32, .* torch.int64"):
+        call(sinks=torch.ones(4, device=device).long())
+    with pytest.raises(TypeError, match="attention_paged_: k_new must be torch.float32"):
+        call(k_new=new["k_new"].bfloat16())
+    with pytest.raises(ValueError, match="attention_paged_: q must be"):
+        call(0, arguments[0][0])
+    if backend != "cpu":
+        return
     table, held = arguments[3], arguments[4]
     for bad in (-1, 1000):
         broken = table.clone()
@@ -662,17 +1020,5 @@ def test_paged_rejects():
         call(4, held - 10)
     with pytest.raises(RuntimeError, match="must fit its .* blocks"):
         call(4, held + 1000)
-    with pytest.raises(ValueError, match="k_new and v_new must be given together"):
-        call(v_new=None)
-    with pytest.raises(ValueError, match="got no k_new"):
-        angles = torch.zeros(64, 16)
-        call(k_new=None, v_new=None, cos=angles, sin=angles)
     with pytest.raises(RuntimeError, match="cos and sin must reach position 10, got 10 rows"):
-        angles = torch.zeros(10, 16)
         call(cos=angles, sin=angles)
-    with pytest.raises(TypeError, match="attention_paged_: sinks must be float32, .* torch.int64"):
-        call(sinks=torch.ones(4).long())
-    with pytest.raises(TypeError, match="attention_paged_: k_new must be torch.float32"):
-        call(k_new=new["k_new"].bfloat16())
-    with pytest.raises(ValueError, match="attention_paged_: q must be"):
-        call(0, arguments[0][0])

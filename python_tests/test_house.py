@@ -47,6 +47,7 @@ def test_every_op_has_its_files(op):
     for path in (
         f"csrc/{kernel}.h",
         f"csrc/{kernel}_cpu.cpp",
+        f"csrc/{kernel}.cu",
         f"python_tests/test_{op}.py",
         f"bench/bench_{op}.py",
     ):

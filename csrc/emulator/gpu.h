@@ -248,6 +248,8 @@ float2 unpack2(uint32_t both) {
   return {to_float(T{static_cast<uint16_t>(both)}), to_float(T{static_cast<uint16_t>(both >> 16)})};
 }
 
+IC_GPU int computed_here(int x) { return x; }
+
 inline uint32_t load_acquire(const uint32_t* p) {
   return *static_cast<const volatile uint32_t*>(p);
 }

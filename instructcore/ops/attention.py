@@ -282,13 +282,20 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
+def _workspace(q: Tensor, k: Tensor, table: Tensor | None, backward: bool) -> tuple[Tensor, int]:
+    """(workspace, threads) of a call: on CUDA a tensor of its own, on the CPU the thread's."""
+    if floats := _C.attention_workspace(q, k, table, backward):
+        return q.new_empty(floats, dtype=torch.float32), 0
+    return _scratch.take(_plan(q.shape[-1])[1 if backward else 0])
+
+
 def _plain(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
 def _run(q, k, v, cu_q, cu_k, slopes, sinks, max_seqlen_k, *settings):
     out, lse = _allocate(q, k, v, cu_q, cu_k, slopes, sinks, max_seqlen_k, *settings)
-    workspace, threads = _scratch.take(_plan(q.shape[-1])[0])
+    workspace, threads = _workspace(q, k, None, False)
     _C.attention(
         *(last_contiguous(x) for x in (q, k, v)),
         *(_plain(x) for x in (cu_q, cu_q if cu_k is None else cu_k, slopes, sinks)),
@@ -318,12 +325,12 @@ def _run_backward(
     grad_q, grad_k, grad_v, grad_sinks = _allocate_backward(
         grad_out, grad_lse, q, k, v, out, lse, cu_q, cu_k, slopes, sinks, max_seqlen_k
     )
-    _, floats, keys, rows, padded = _plan(q.shape[-1])
-    workspace, threads = _scratch.take(floats)
+    _, _, keys, rows, padded = _plan(q.shape[-1])
+    workspace, threads = _workspace(q, k, None, True)
     heads, kv_heads = q.shape[-2], k.shape[-2]
     tokens, batch = lse.numel() // heads, (q.shape[0] if cu_q is None else cu_q.shape[0] - 1)
     sums = turns = None
-    if max_seqlen_k > keys:  # several tasks add to the same queries
+    if threads and max_seqlen_k > keys:  # several tasks add to the same queries
         sums = q.new_empty(tokens * heads * padded, dtype=torch.float32)
         count = kv_heads * (tokens * (heads // kv_heads) // rows + batch + 1)
         turns = q.new_zeros(count, dtype=torch.int32)
@@ -354,6 +361,7 @@ _attention = register(
     f"Tensor? alibi_slopes, Tensor? sinks, SymInt max_seqlen_k, {_SETTINGS}) -> (Tensor, Tensor)",
     _allocate,
     _run,
+    devices=("cpu", "cuda"),
 )
 _attention_backward = register(
     "attention_backward",
@@ -362,6 +370,7 @@ _attention_backward = register(
     f"SymInt max_seqlen_k, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _allocate_backward,
     _run_backward,
+    devices=("cpu", "cuda"),
 )
 
 
@@ -606,7 +615,7 @@ def _run_paged(
     out, lse = _allocate_paged(
         q, k_cache, v_cache, table, held, cu_q, k_new, v_new, cos, sin, slopes, sinks, *settings
     )
-    workspace, threads = _scratch.take(_plan(q.shape[-1])[0])
+    workspace, threads = _workspace(q, k_cache, table, False)
     _C.attention_paged(
         last_contiguous(q),
         k_cache,
@@ -630,6 +639,7 @@ _attention_paged = register(
     f"Tensor? alibi_slopes, Tensor? sinks, bool interleaved, {_SETTINGS}) -> (Tensor, Tensor)",
     _allocate_paged,
     _run_paged,
+    devices=("cpu", "cuda"),
 )
 
 
