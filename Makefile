@@ -13,4 +13,4 @@ gpu-report:  # on a machine with a GPU: build, test, train and measure, in less 
 lint:
 	ruff check . && ruff format --check . && bash .ci/check_objects
 format:
-	ruff format . && ruff check --fix . && clang-format -i csrc/*.h csrc/*.cpp csrc/*.cu
+	ruff format . && ruff check --fix . && clang-format -i csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/emulator/*.*

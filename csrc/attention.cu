@@ -1,13 +1,11 @@
-// attention on CUDA: which kernel does the work. float32 and mixed element types take the plain ones
-// (attention_plain.cu), 16-bit ones the tensor cores.
+// attention on CUDA: which kernel does the work. float32 and mixed element types take the plain
+// ones (attention_plain.cu), 16-bit ones the tensor cores.
 #include "attention.cuh"
 
 namespace ic {
 namespace {
 
-bool plain(const AttentionArgs& a) {
-  return a.dtype == Dtype::kFloat32 || a.kv_dtype != a.dtype;
-}
+bool plain(const AttentionArgs& a) { return a.dtype == Dtype::kFloat32 || a.kv_dtype != a.dtype; }
 
 // Positions are 32-bit inside the kernels.
 void check_lengths(const AttentionArgs& a) {

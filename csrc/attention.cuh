@@ -3,10 +3,10 @@
 //
 // A row's bits depend on its own keys and their positions alone, so that training, prefill and
 // decode agree: folds of 32 keys begin at multiples of 32 in the sequence; sixteen of them, a
-// segment, share a running maximum (online softmax); segments are joined in order. Which other rows a block
-// holds, how a call cuts the queries, and whether segments are formed by one block or by several
-// makes no difference, nor do folds in which a row sees nothing: e^0 and 0 are exact, and the end
-// takes -0 to 0.
+// segment, share a running maximum (online softmax); segments are joined in order. Which other rows
+// a block holds, how a call cuts the queries, and whether segments are formed by one block or by
+// several makes no difference, nor do folds in which a row sees nothing: e^0 and 0 are exact, and
+// the end takes -0 to 0.
 //
 // Layout of the products (mma m16n8k16): a warp holds kRowTiles x 16 rows. With g = lane / 4 and
 // c = 2 (lane % 4), accumulator x[i][j][2 h + b] is row 16 i + g + 8 h, column 8 j + c + b.
@@ -26,7 +26,7 @@ int64_t attention_forward_workspace(const AttentionArgs&);
 int64_t attention_paged_workspace(const AttentionArgs&);
 
 constexpr int kKeyTile = 64;  // keys that are loaded together
-constexpr int kFold = 32;     // keys that are folded together: their logits are in registers at once
+constexpr int kFold = 32;  // keys that are folded together: their logits are in registers at once
 constexpr int kSegmentTiles = 8, kSegment = kKeyTile * kSegmentTiles;
 constexpr int kKeyColumns = kKeyTile / 8, kFoldColumns = kFold / 8;  // accumulators of a row tile
 constexpr float kLog2e = 0x1.715476p+0f, kLn2 = 0x1.62e430p-1f;
@@ -123,8 +123,8 @@ IC_GPU uint32_t chunks_then_rows(uint32_t tile, int row, int chunk) {
 
 // ---- products
 
-// x += A B^T: A the rows of tile `a` from a_row on, B 8 kColumns rows of tile `b` from b_row on, over
-// kDim.
+// x += A B^T: A the rows of tile `a` from a_row on, B 8 kColumns rows of tile `b` from b_row on,
+// over kDim.
 template <class T, int kDim, int kRowTiles, int kColumns>
 IC_GPU void multiply_rows(float (&x)[kRowTiles][kColumns][4], uint32_t a, int a_row, uint32_t b,
                           int b_row = 0) {
@@ -222,8 +222,7 @@ IC_GPU void mark_not_finite(float (&o)[kRowTiles][kColumns][4], const unsigned c
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const bool sees = key >= seen.first(i, e / 2) && key < seen.end(i, e / 2);
-          if (sees && (e % 2 ? bad >> 16 : bad & 0xffffu))
-            o[i][j][e] = __int_as_float(0x7fffffff);
+          if (sees && (e % 2 ? bad >> 16 : bad & 0xffffu)) o[i][j][e] = __int_as_float(0x7fffffff);
         }
       }
     }
@@ -326,8 +325,8 @@ struct GroupedLogitRule : LogitRule {
   }
 };
 
-// Where a thread's rows stand: row 16 i + g + 8 h of its warp at position(i, h), seeing keys first ..
-// end - 1 of the sequence. For one head at a time, rows being queries.
+// Where a thread's rows stand: row 16 i + g + 8 h of its warp at position(i, h), seeing keys first
+// .. end - 1 of the sequence. For one head at a time, rows being queries.
 struct RowsSeen {
   int position0, left, right, keys;  // position0: of row g
 

@@ -66,9 +66,9 @@ struct AttentionBackwardArgs {
   AttentionTensor grad_out, grad_q, grad_k, grad_v;
   const float* grad_lse;  // like lse; null: 0
   float* grad_sinks;      // (H,); null: not wanted
-  // On the CPU, where a sequence has more than plan.back_keys keys: the gradient of q over the blocks of keys
-  // so far, (queries of all sequences, H, padded dim), and a zeroed counter per block of query
-  // rows.
+  // On the CPU, where a sequence has more than plan.back_keys keys: the gradient of q over the
+  // blocks of keys so far, (queries of all sequences, H, padded dim), and a zeroed counter per
+  // block of query rows.
   float* sums;
   int32_t* turns;
   int64_t turns_size;
@@ -134,8 +134,8 @@ IC_HOST_DEVICE int64_t attention_lse_index(const AttentionArgs& a, const Attenti
   return a.cu_q ? head * a.queries + s.first_query + t : (s.index * a.heads + head) * a.queries + t;
 }
 
-// How a head is cut on the CPU, and the scratch it takes: constants of the head dim, so that bits depend on
-// nothing else.
+// How a head is cut on the CPU, and the scratch it takes: constants of the head dim, so that bits
+// depend on nothing else.
 struct AttentionPlan {
   int64_t padded;                // dim rounded up to whole vectors
   int64_t rows, keys;            // forward: query rows of a task at most; keys of a block

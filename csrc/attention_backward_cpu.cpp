@@ -103,7 +103,8 @@ class BackwardTask {
     float* sums = grad_q_;  // of row all.begin
     int32_t* turn = nullptr;
     if (first < last) {
-      const int64_t row = attention_first_token(a_, s_) * a_.heads + kv_head_ * s_.rows() + all.begin;
+      const int64_t row =
+          attention_first_token(a_, s_) * a_.heads + kv_head_ * s_.rows() + all.begin;
       sums = b_.sums + row * plan_.padded;
       turn = b_.turns + kv_head_ * (b_.turns_size / a_.kv_heads) + s_.index + block +
              attention_first_token(a_, s_) * s_.group / plan_.back_rows;

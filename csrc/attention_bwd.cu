@@ -141,8 +141,8 @@ IC_GPU float weight_of(const LogitRule& rule, float product, int distance, float
   if constexpr (kPlain) return *change = exp2_approx(fmaf(product, rule.scale, -lse));
   const bool caps = rule.softcap > 0.0f;
   const float x = product * rule.scale, y = tanh_of(x);
-  const float logit = fmaf(-rule.slope, fabsf(static_cast<float>(distance)),
-                           caps ? rule.softcap * y : x);
+  const float logit =
+      fmaf(-rule.slope, fabsf(static_cast<float>(distance)), caps ? rule.softcap * y : x);
   const float p = exp2_approx(logit - lse);
   *change = caps ? p * fmaf(-y, y, 1.0f) : p;
   return p;
@@ -346,8 +346,7 @@ IC_GPU void to_changes(float (&x)[kRowTiles][kTileColumns][4], const float4* pas
       const float4 all = passed[(i * kTileColumns + j) * kThreads];
       const float change[4] = {all.x, all.y, all.z, all.w};
 #pragma unroll
-      for (int e = 0; e < 4; ++e)
-        x[i][j][e] = change[e] * (x[i][j][e] - delta[8 * j + e % 2]);
+      for (int e = 0; e < 4; ++e) x[i][j][e] = change[e] * (x[i][j][e] - delta[8 * j + e % 2]);
     }
   }
 }
@@ -380,8 +379,8 @@ __global__ void __launch_bounds__(KeyShape<kDim>::kThreads, KeyShape<kDim>::kBlo
   const int tile_row = warp_index() % kRowWarps * S::kWarpRows;
   unsigned char* const own = shared + (of_keys ? S::kRowBytes : 0);
   unsigned char* const stages = shared + 2 * S::kRowBytes;
-  float4* const passed = reinterpret_cast<float4*>(stages + S::kStages * 2 * S::kTileBytes) +
-                         threadIdx.x % kPairs;
+  float4* const passed =
+      reinterpret_cast<float4*>(stages + S::kStages * 2 * S::kTileBytes) + threadIdx.x % kPairs;
   const Reach &block = work->all, &warp = work->of_warp[warp_index() % kRowWarps];
   const auto stage = [&](int n) { return stages + n % S::kStages * (2 * S::kTileBytes); };
   const auto load = [&](int n, TileAt at) {
@@ -406,8 +405,8 @@ __global__ void __launch_bounds__(KeyShape<kDim>::kThreads, KeyShape<kDim>::kBlo
   const int count = max(block.end_tile() - block.first_tile(), 0) * group;
   TileAt at{static_cast<int>(work->head) * group, first}, at_before = at;
   const int64_t token = s.first_key + work->row;
-  load_rows<kDim, S::kRows, S::kThreads>(shared, a.k, row_of(a.k, s, token, work->head),
-                                         work->rows, a.dim);
+  load_rows<kDim, S::kRows, S::kThreads>(shared, a.k, row_of(a.k, s, token, work->head), work->rows,
+                                         a.dim);
   load_rows<kDim, S::kRows, S::kThreads>(shared + S::kRowBytes, a.v,
                                          row_of(a.v, s, token, work->head), work->rows, a.dim);
   if (count > 0) {
@@ -443,9 +442,8 @@ __global__ void __launch_bounds__(KeyShape<kDim>::kThreads, KeyShape<kDim>::kBlo
     const uint32_t queries = smem_address(stage(max(m, 0))), douts = queries + S::kTileBytes;
     const int column = here.column + lane_index() % 4 * 2;
     float4* const slot = passed + (m & S::kLag) * (S::kPassedBytes / 16);
-    const float* const of_column = of_columns +
-                                   (max(m, 0) % S::kStages * 2 + of_keys) * kTile +
-                                   lane_index() % 4 * 2;
+    const float* const of_column =
+        of_columns + (max(m, 0) % S::kStages * 2 + of_keys) * kTile + lane_index() % 4 * 2;
     float x[S::kRowTiles][kTileColumns][4] = {};
     if (works) {
       multiply_rows<T, kDim>(x, smem_address(own), tile_row, of_keys ? douts : queries);
@@ -528,8 +526,8 @@ __global__ void __launch_bounds__(QueryShape<kDim>::kThreads, QueryShape<kDim>::
   const Reach &block = work->all, &warp = work->of_warp[warp_index()];
 
   const int64_t token = s.first_query + work->row;
-  load_rows<kDim, S::kRows, S::kThreads>(shared, a.q, row_of(a.q, s, token, work->head),
-                                         work->rows, a.dim);
+  load_rows<kDim, S::kRows, S::kThreads>(shared, a.q, row_of(a.q, s, token, work->head), work->rows,
+                                         a.dim);
   load_rows<kDim, S::kRows, S::kThreads>(shared + S::kRowBytes, args.grad_out,
                                          row_of(args.grad_out, s, token, work->head), work->rows,
                                          a.dim);
@@ -603,8 +601,7 @@ struct Launch {
     constexpr int kSumRows = kSumThreads / (kDim / 8);
     launch(row_sums<T, kDim>, grid((rows + kSumRows) / kSumRows, rows), dim3(kSumThreads), 0,
            stream, args, rows);
-    if (args.grad_sinks)
-      launch(sum_sinks, grid(a.heads), dim3(kSinkThreads), 0, stream, args);
+    if (args.grad_sinks) launch(sum_sinks, grid(a.heads), dim3(kSinkThreads), 0, stream, args);
     const int64_t keys = tiles_of(a.cu_k, a.keys, a.sequences, K::kRows);
     if (keys > 0)
       launch(grad_keys<T, kDim>, grid(keys * a.kv_heads), dim3(K::kThreads), K::kSharedBytes,

@@ -1,12 +1,12 @@
 // attention's forward on tensor cores: 16-bit elements, dense or packed sequences.
 //
 // A block of four warps takes 128 query rows of a head (64 where D > 128), a warp 32 (16). It walks
-// the tiles of 64 keys that any of its rows sees: while the tensor cores work on one, the next one's
-// keys and values arrive by cp.async in the other of two stages; one barrier a tile. Logits, weights
-// and outputs stay in registers (Dao 2023, arXiv:2307.08691). After each segment of 512 keys the
-// outputs so far are set aside, in L2, and joined with the next (attention.cuh says why): 4 bytes
-// read and written for each 1024 D operations, a twentieth of the time. Blocks are as many as run
-// at once and draw their tiles by ticket, those with the most keys first.
+// the tiles of 64 keys that any of its rows sees: while the tensor cores work on one, the next
+// one's keys and values arrive by cp.async in the other of two stages; one barrier a tile. Logits,
+// weights and outputs stay in registers (Dao 2023, arXiv:2307.08691). After each segment of 512
+// keys the outputs so far are set aside, in L2, and joined with the next (attention.cuh says why):
+// 4 bytes read and written for each 1024 D operations, a twentieth of the time. Blocks are as many
+// as run at once and draw their tiles by ticket, those with the most keys first.
 //
 // FLOPs: 4 D for each pair that is seen. Bytes: q, out and lse once; keys and values once a block,
 // mostly from L2. Intensity is T / 2 FLOPs a byte and more: bound by the tensor cores from T = 500.
@@ -29,7 +29,8 @@ struct Shape {
   static constexpr int kColumns = kDim / 8;
   static constexpr int kTileBytes = kKeyTile * kDim * 2;
   static constexpr int kSharedBytes = kRows * kDim * 2 + 4 * kTileBytes;
-  static constexpr int64_t kAsideFloats = kRows * (kDim + 8);  // outputs; maxima and sums, in 4 lanes
+  static constexpr int64_t kAsideFloats =
+      kRows * (kDim + 8);  // outputs; maxima and sums, in 4 lanes
 };
 constexpr int kTicketFloats = 32;  // a line for the ticket
 
@@ -40,9 +41,9 @@ struct Work {
   LogitRule rule;
   int64_t head, row;
   int rows;
-  const uint16_t *q, *k, *v;           // row `row`; key 0 of the sequence
-  int first_tile, end_tile;            // tiles of keys that some row sees
-  int all_from, all_to;                // keys that every row sees
+  const uint16_t *q, *k, *v;               // row `row`; key 0 of the sequence
+  int first_tile, end_tile;                // tiles of keys that some row sees
+  int all_from, all_to;                    // keys that every row sees
   int warp_from[kWarps], warp_to[kWarps];  // keys that some row of a warp sees
 };
 
@@ -126,7 +127,8 @@ class Tile {
         cp_async_commit();
         const int begin = tile * kKeyTile;
         const bool partial = begin < w_.all_from || begin + kKeyTile > w_.all_to;
-        if (partial && __syncthreads_or(any_not_finite<T, kDim, kKeyTile, kThreads>(values(tile)))) {
+        if (partial &&
+            __syncthreads_or(any_not_finite<T, kDim, kKeyTile, kThreads>(values(tile)))) {
           mark_not_finite<T, kDim>(o, values(tile), 0, begin, seen);
           __syncthreads();
           clear_not_finite<T, kDim, kKeyTile, kThreads>(values(tile));
@@ -135,7 +137,8 @@ class Tile {
 #pragma unroll 1
         for (int half = 0; half < kKeyTile; half += kFold) {
           const int key = begin + half;
-          if (key >= w_.warp_to[warp_index()] || key + kFold <= w_.warp_from[warp_index()]) continue;
+          if (key >= w_.warp_to[warp_index()] || key + kFold <= w_.warp_from[warp_index()])
+            continue;
           float x[S::kRowTiles][kFoldColumns][4] = {}, keep[S::kRowTiles][2];
           multiply_rows<T, kDim>(x, smem_address(q_), warp_index() * S::kWarpRows,
                                  smem_address(keys(tile)), half);
@@ -300,7 +303,8 @@ int64_t attention_forward_workspace(const AttentionArgs& a) {
     using S = decltype(shape);
     const int64_t most = int64_t{multiprocessors()} * S::kBlocks;
     const int64_t units = tiles * a.heads;
-    return kTicketFloats + (a.keys <= kSegment ? 0 : (units < most ? units : most) * S::kAsideFloats);
+    return kTicketFloats +
+           (a.keys <= kSegment ? 0 : (units < most ? units : most) * S::kAsideFloats);
   };
   const int64_t dim = attention_padded_dim(a.dim);
   const int64_t tiles = a.sequences * a.queries;

@@ -473,7 +473,7 @@ class Tile {
     for (int j = 0; j < kColumns; ++j) {
       if (j % 8 == 0) __threadfence_block();  // no more loads ahead than there are registers for
       const float4 before = from[j * kThreads];
-      float (&x)[4] = o[0][j];
+      float(&x)[4] = o[0][j];
       x[0] = low(before.x, x[0]);
       x[1] = low(before.y, x[1]);
       x[2] = high(before.z, x[2]);
@@ -487,7 +487,7 @@ class Tile {
         make_float4(fold.max[0][0], fold.sum[0][0], fold.max[0][1], fold.sum[0][1]);
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
-      float (&x)[4] = o[0][j];
+      float(&x)[4] = o[0][j];
       to[j * kThreads] = make_float4(x[0], x[1], x[2], x[3]);
       x[0] = x[1] = x[2] = x[3] = 0.0f;
     }

@@ -480,7 +480,9 @@ void launch_plain(void (*of64)(Args), void (*of128)(Args), void (*of256)(Args), 
            " tokens and ", heads, " heads");
   if (blocks == 0 || heads == 0) return;
   const int dim = attention_padded_dim(a.dim);
-  launch(dim == 64 ? of64 : dim == 128 ? of128 : of256,
+  launch(dim == 64    ? of64
+         : dim == 128 ? of128
+                      : of256,
          dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(heads)), dim3(kThreads),
          (tiles * pitch(dim) + kRows * kTile) * sizeof(float), stream, args);
 }

@@ -1,5 +1,5 @@
-// IC_CHECK(condition, "op: what must hold, got ", value, ...): throws std::runtime_error that ends in
-// file:line. For the border and the launchers; kernels themselves never throw, exit or print.
+// IC_CHECK(condition, "op: what must hold, got ", value, ...): throws std::runtime_error that ends
+// in file:line. For the border and the launchers; kernels themselves never throw, exit or print.
 #pragma once
 
 #include <sstream>
@@ -25,7 +25,7 @@ template <class... Parts>
 
 }  // namespace ic
 
-#define IC_CHECK(condition, ...)                                    \
-  do {                                                              \
+#define IC_CHECK(condition, ...)                                        \
+  do {                                                                  \
     if (!(condition)) ::ic::fail(__FILE_NAME__, __LINE__, __VA_ARGS__); \
   } while (false)

@@ -1,18 +1,18 @@
 // cross_entropy on CUDA: a block for each row (softmax_row.cuh). Where the gradient is formed with
-// the loss, the block reads its row again while L2 holds it, the end first, and writes the gradient,
-// perhaps over the logits.
+// the loss, the block reads its row again while L2 holds it, the end first, and writes the
+// gradient, perhaps over the logits.
 //   total     one block: the sum of the targets' weights, for the mean
 //   rows      losses, statistics, gradients
 //   reduce    one block: the sum of the losses / total
 // Each sum has one fixed order.
 //
 // Bytes with 16-bit logits: 2 N V for the losses; 4 N V with the gradient if L2 holds the rows at
-// work, 6 N V if it does not; as a backward of its own 4 N V. At the 4.8 TB/s of an H200 8192 rows of
-// 151936 bfloat16 take 1.56 ms for 6 N V. 528 rows at work are 160 MB of them, three times L2, so a
-// fourth of the second read comes from it; 50257 fit nearly. 85 % of a copy's bandwidth is what it
-// should reach. A softcap costs two tanh an element each time, and computes for as long as it reads.
+// work, 6 N V if it does not; as a backward of its own 4 N V. At the 4.8 TB/s of an H200 8192 rows
+// of 151936 bfloat16 take 1.56 ms for 6 N V. 528 rows at work are 160 MB of them, three times L2,
+// so a fourth of the second read comes from it; 50257 fit nearly. 85 % of a copy's bandwidth is
+// what it should reach. A softcap costs two tanh an element each time, and computes for as long as
+// it reads.
 #include "cross_entropy.h"
-
 #include "softmax_row.cuh"
 
 namespace ic {

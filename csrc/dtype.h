@@ -42,7 +42,9 @@ IC_SCALAR uint32_t bits_of_float(float x) {
 
 IC_SCALAR float to_float(float x) { return x; }
 
-IC_SCALAR float to_float(BFloat16 x) { return float_from_bits(static_cast<uint32_t>(x.bits) << 16); }
+IC_SCALAR float to_float(BFloat16 x) {
+  return float_from_bits(static_cast<uint32_t>(x.bits) << 16);
+}
 
 // Round to nearest, ties to even; NaN stays NaN.
 IC_SCALAR BFloat16 to_bfloat16(float x) {

@@ -1,6 +1,5 @@
 // gae on the CPU: a row is one serial chain, rows run in parallel.
 #include "gae.h"
-
 #include "gae_row.h"
 #include "parallel.h"
 

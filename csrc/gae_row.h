@@ -31,7 +31,8 @@ IC_INLINE void gae_row(const GaeArgs& a, int64_t row) {
       advantages[t] = returns[t] = 0.0f;
       continue;
     }
-    const float reward = gae_element(a.rewards, a.rewards_dtype, b * a.rewards_row + t * a.rewards_step);
+    const float reward =
+        gae_element(a.rewards, a.rewards_dtype, b * a.rewards_row + t * a.rewards_step);
     const float value = gae_element(a.values, a.values_dtype, b * a.values_row + t * a.values_step);
     state = gae_step(state, reward, value, a.gamma, a.lambda);
     advantages[t] = state.advantage;

@@ -145,19 +145,20 @@ IC_GPU void ldmatrix_x4_trans(uint32_t (&tiles)[4], uint32_t row) {
 
 // D (16x8, float32) += A (16x16) B (16x8), elements of type T = BFloat16 or Float16. With g = lane
 // / 4 and c = 2 (lane % 4), a lane holds
-//   d[0..1]: row g, columns c, c+1;  d[2..3]: row g + 8
-//   a[0]: row g, k = c, c+1;  a[1]: row g + 8;  a[2]: row g, k = c+8, c+9;  a[3]: row g + 8, k =
-//   c+8, c+9 b0: k = c, c+1 of column g;  b1: k = c+8, c+9
+//   d[0..1]: row g, columns c, c+1         d[2..3]: row g + 8
+//   a[0]: row g, k = c, c+1                a[1]: row g + 8
+//   a[2]: row g, k = c+8, c+9              a[3]: row g + 8, k = c+8, c+9
+//   b0: k = c, c+1 of column g             b1: k = c+8, c+9
 template <class T>
 IC_GPU void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
-#define IC_MMA(T, type)                                                                          \
-  template <>                                                                                    \
-  IC_GPU void mma_m16n8k16<T>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                          \
-                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"          \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                \
+#define IC_MMA(T, type)                                                                        \
+  template <>                                                                                  \
+  IC_GPU void mma_m16n8k16<T>(float(&d)[4], const uint32_t(&a)[4], uint32_t b0, uint32_t b1) { \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                        \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"        \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                              \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));              \
   }
 IC_MMA(BFloat16, "bf16")
 IC_MMA(Float16, "f16")

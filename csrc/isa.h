@@ -1,8 +1,8 @@
-// Run-time choice of the instruction set. Every <op>_cpu.cpp is compiled once per level into the namespace
-// ic::<level>; IC_CPU_KERNEL declares them all and the function that picks one.
+// Run-time choice of the instruction set. Every <op>_cpu.cpp is compiled once per level into the
+// namespace ic::<level>; IC_CPU_KERNEL declares them all and the function that picks one.
 //
-// Per-level files hold no inline code of the standard library: the linker would keep one copy of such a
-// function for all levels, perhaps the one that this machine cannot run.
+// Per-level files hold no inline code of the standard library: the linker would keep one copy of
+// such a function for all levels, perhaps the one that this machine cannot run.
 #pragma once
 
 namespace ic {
@@ -28,25 +28,36 @@ bool has_bfloat16_dot();    // the machine multiplies bfloat16 pairs, so such pr
 
 }  // namespace ic
 
-// Declares `void name(const Args&)` at every level, and ic::name, which calls the current one. The emulated
-// module has the CUDA kernels only.
+// Declares `void name(const Args&)` at every level, and ic::name, which calls the current one. The
+// emulated module has the CUDA kernels only.
 #if defined(IC_EMULATED)
 #define IC_CPU_KERNEL(name, Args) \
   inline void name(const Args&) { __builtin_trap(); }
 #elif defined(__x86_64__)
-#define IC_CPU_KERNEL(name, Args)                               \
-  namespace x86_64 { void name(const Args&); }                  \
-  namespace x86_64_v3 { void name(const Args&); }               \
-  namespace x86_64_v4 { void name(const Args&); }               \
-  inline void name(const Args& args) {                          \
-    switch (current_isa()) {                                    \
-      case Isa::x86_64: return x86_64::name(args);              \
-      case Isa::x86_64_v3: return x86_64_v3::name(args);        \
-      case Isa::x86_64_v4: return x86_64_v4::name(args);        \
-    }                                                           \
+#define IC_CPU_KERNEL(name, Args)      \
+  namespace x86_64 {                   \
+  void name(const Args&);              \
+  }                                    \
+  namespace x86_64_v3 {                \
+  void name(const Args&);              \
+  }                                    \
+  namespace x86_64_v4 {                \
+  void name(const Args&);              \
+  }                                    \
+  inline void name(const Args& args) { \
+    switch (current_isa()) {           \
+      case Isa::x86_64:                \
+        return x86_64::name(args);     \
+      case Isa::x86_64_v3:             \
+        return x86_64_v3::name(args);  \
+      case Isa::x86_64_v4:             \
+        return x86_64_v4::name(args);  \
+    }                                  \
   }
 #else
-#define IC_CPU_KERNEL(name, Args)                    \
-  namespace native_isa { void name(const Args&); }   \
+#define IC_CPU_KERNEL(name, Args) \
+  namespace native_isa {          \
+  void name(const Args&);         \
+  }                               \
   inline void name(const Args& args) { native_isa::name(args); }
 #endif

@@ -1,5 +1,6 @@
-// The table of contents: one block per op, tensor views -> Args. The only place that knows stream, device and
-// the GIL. Python (instructcore/ops) has checked shapes and types and allocated the outputs.
+// The table of contents: one block per op, tensor views -> Args. The only place that knows stream,
+// device and the GIL. Python (instructcore/ops) has checked shapes and types and allocated the
+// outputs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <sys/mman.h>
@@ -33,8 +34,8 @@ T* data_or_null(const OptionalView& view) {
 
 int64_t stride_or_zero(const OptionalView& view, int dim) { return view ? view->stride(dim) : 0; }
 
-// Whether a CUDA kernel does the work on such a tensor. The emulated module (csrc/emulator) runs them on the
-// CPU's tensors.
+// Whether a CUDA kernel does the work on such a tensor. The emulated module (csrc/emulator) runs
+// them on the CPU's tensors.
 bool on_gpu([[maybe_unused]] const TensorView& where) {
 #ifdef IC_EMULATED
   return true;
@@ -43,14 +44,15 @@ bool on_gpu([[maybe_unused]] const TensorView& where) {
 #endif
 }
 
-// A CPU kernel follows cu_seqlens without further checks, so they are made here: 0 <= .. non-decreasing .. <= n.
+// A CPU kernel follows cu_seqlens without further checks, so they are made here: 0 <= ..
+// non-decreasing .. <= n.
 void check_cu_seqlens(const char* op, const TensorView& cu_seqlens, int64_t n) {
   if (on_gpu(cu_seqlens)) return;
   const int32_t* cu = cu_seqlens.data<const int32_t>();
   int64_t before = 0;
   for (int64_t i = 0; i < cu_seqlens.size(0); ++i) {
-    IC_CHECK(cu[i] >= before && cu[i] <= n, op, ": cu_seqlens must not decrease and stay within 0..", n,
-             ", got ", cu[i], " at ", i);
+    IC_CHECK(cu[i] >= before && cu[i] <= n, op,
+             ": cu_seqlens must not decrease and stay within 0..", n, ", got ", cu[i], " at ", i);
     before = cu[i];
   }
 }
@@ -65,8 +67,8 @@ void check_cu_seqlens(const char* op, const TensorView& cu_seqlens, int64_t n) {
 [[maybe_unused]] constexpr const char* kCudaOps[] = {
     "attention", "cross_entropy", "gae", "ppo_advantage", "ppo_loss", "sample", "token_logprobs"};
 
-// Runs the kernel of `where`'s device without the GIL; a CUDA kernel on that device and torch's current stream
-// of it. `cuda` is null where there is none.
+// Runs the kernel of `where`'s device without the GIL; a CUDA kernel on that device and torch's
+// current stream of it. `cuda` is null where there is none.
 template <class Args>
 void run(const char* op, const TensorView& where,
          [[maybe_unused]] std::type_identity_t<void (*)(const Args&)> cpu,
@@ -91,14 +93,13 @@ void run(const char* op, const TensorView& where,
 // order: first, last, random; arrival of asynchronous copies: late, early, random. For tests.
 void set_schedule(const std::string& order, const std::string& arrival, uint64_t seed) {
   using namespace ic::emulator;
-  ic::emulator::set_schedule(
-      {order == "first"  ? Order::kFirst
-       : order == "last" ? Order::kLast
-                         : Order::kRandom,
-       arrival == "late"    ? Arrival::kLate
-       : arrival == "early" ? Arrival::kEarly
-                            : Arrival::kRandom,
-       seed});
+  ic::emulator::set_schedule({order == "first"  ? Order::kFirst
+                              : order == "last" ? Order::kLast
+                                                : Order::kRandom,
+                              arrival == "late"    ? Arrival::kLate
+                              : arrival == "early" ? Arrival::kEarly
+                                                   : Arrival::kRandom,
+                              seed});
 }
 #endif
 
@@ -215,7 +216,8 @@ py::tuple attention_plan(int64_t dim) {
   return py::make_tuple(p.forward_floats, p.backward_floats, p.back_keys, p.back_rows, p.padded);
 }
 
-// Floats of workspace that a call on q's device takes: 0 on the CPU, where it depends on the threads.
+// Floats of workspace that a call on q's device takes: 0 on the CPU, where it depends on the
+// threads.
 int64_t attention_workspace([[maybe_unused]] TensorView q, [[maybe_unused]] TensorView k,
                             [[maybe_unused]] OptionalView block_table,
                             [[maybe_unused]] bool backward) {
@@ -336,8 +338,8 @@ void attention_paged(TensorView q, TensorView k_cache, TensorView v_cache, Tenso
 
 int64_t elements_or_zero(const OptionalView& view) { return view ? view->numel() : 0; }
 
-// Asks for huge pages under a large fresh tensor before its first touch: page faults of 4 KB cost more than
-// filling it. What the kernel answers is of no account.
+// Asks for huge pages under a large fresh tensor before its first touch: page faults of 4 KB cost
+// more than filling it. What the kernel answers is of no account.
 void advise_huge_pages(TensorView fresh, int64_t bytes) {
   constexpr uintptr_t kPage = uintptr_t{2} << 20;
   const uintptr_t at = reinterpret_cast<uintptr_t>(fresh.raw());
@@ -346,8 +348,9 @@ void advise_huge_pages(TensorView fresh, int64_t bytes) {
     (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 }
 
-// Counts the rows that are neither ignored nor masked and checks their targets; `total`, where given, gets
-// the sum of their weights. On CUDA the host waits for nothing: no check, and -1 for the count.
+// Counts the rows that are neither ignored nor masked and checks their targets; `total`, where
+// given, gets the sum of their weights. On CUDA the host waits for nothing: no check, and -1 for
+// the count.
 int64_t check_targets(const char* op, TensorView targets, OptionalView mask, OptionalView weight,
                       OptionalView total, int64_t vocab, int64_t ignore_index) {
   const int64_t* t = targets.data<const int64_t>();
@@ -365,8 +368,8 @@ int64_t check_targets(const char* op, TensorView targets, OptionalView mask, Opt
     if (t[i] == ignore_index || (live && !live[i])) continue;
     if (t[i] < 0 || t[i] >= vocab)
       throw py::index_error(std::string(op) + ": targets must be in [0, " + std::to_string(vocab) +
-                            ") or " + std::to_string(ignore_index) + ", got " + std::to_string(t[i]) +
-                            " at " + std::to_string(i));
+                            ") or " + std::to_string(ignore_index) + ", got " +
+                            std::to_string(t[i]) + " at " + std::to_string(i));
     ++count;
     if (w) sum += w[t[i]];
   }
@@ -406,8 +409,8 @@ void cross_entropy(TensorView logits, TensorView targets, OptionalView weight, O
 void reduce_losses(TensorView losses, OptionalView total, TensorView out) {
   const float* loss = losses.data<const float>();
   if (on_gpu(losses)) {
-    const ic::CrossEntropyReduceArgs args{loss, data_or_null<const float>(total),
-                                          out.data<float>(), losses.numel()};
+    const ic::CrossEntropyReduceArgs args{loss, data_or_null<const float>(total), out.data<float>(),
+                                          losses.numel()};
     return run("cross_entropy", losses, nullptr, CUDA_KERNEL(cross_entropy_reduce_cuda), args);
   }
   double sum = 0.0;
@@ -475,15 +478,16 @@ int64_t ppo_advantage_workspace(TensorView logprobs, OptionalView cu_seqlens) {
   return ic::ppo_advantage_workspace_bytes(rows, logprobs.size(-1), cu_seqlens.has_value());
 }
 
-void ppo_advantage(TensorView scores, TensorView logprobs, TensorView ref_logprobs, TensorView values,
-                   TensorView mask, OptionalView score_index, OptionalView cu_seqlens,
-                   OptionalView dones, OptionalView bootstrap, TensorView advantages,
-                   TensorView returns, TensorView rewards, TensorView stats, TensorView workspace,
-                   float kl_coef, float gamma, float lambda, float reward_clip, bool whiten_rewards,
-                   bool whiten, bool unbiased, int threads) {
+void ppo_advantage(TensorView scores, TensorView logprobs, TensorView ref_logprobs,
+                   TensorView values, TensorView mask, OptionalView score_index,
+                   OptionalView cu_seqlens, OptionalView dones, OptionalView bootstrap,
+                   TensorView advantages, TensorView returns, TensorView rewards, TensorView stats,
+                   TensorView workspace, float kl_coef, float gamma, float lambda,
+                   float reward_clip, bool whiten_rewards, bool whiten, bool unbiased,
+                   int threads) {
   ic::PpoAdvantageArgs args{};
-  args.gae = gae_args(rewards, values, mask, cu_seqlens, dones, bootstrap, advantages, returns, gamma,
-                      lambda, threads);
+  args.gae = gae_args(rewards, values, mask, cu_seqlens, dones, bootstrap, advantages, returns,
+                      gamma, lambda, threads);
   args.scores = scores.data<const float>();
   args.logprobs = logprobs.data<const float>();
   args.ref_logprobs = ref_logprobs.data<const float>();
@@ -504,18 +508,21 @@ void ppo_advantage(TensorView scores, TensorView logprobs, TensorView ref_logpro
                                  ? args.gae.cu_seqlens[b + 1] - args.gae.cu_seqlens[b]
                                  : args.gae.steps;
       IC_CHECK(args.score_index[b] >= -1 && (args.score_index[b] < length || length == 0),
-               "ppo_advantage: score_index must be within its row of ", length, " steps, or -1, got ",
-               args.score_index[b], " at ", b);
+               "ppo_advantage: score_index must be within its row of ", length,
+               " steps, or -1, got ", args.score_index[b], " at ", b);
     }
   run("ppo_advantage", logprobs, ic::ppo_advantage_cpu, CUDA_KERNEL(ppo_advantage_cuda), args);
 }
 
 void whiten_advantages(TensorView advantages, OptionalView mask, TensorView mean, TensorView var,
                        TensorView out, int threads) {
-  const ic::WhitenArgs args{
-      advantages.data<const float>(), data_or_null<const uint8_t>(mask), mean.data<const float>(),
-      var.data<const float>(),        out.data<float>(),                 advantages.numel(),
-      threads};
+  const ic::WhitenArgs args{advantages.data<const float>(),
+                            data_or_null<const uint8_t>(mask),
+                            mean.data<const float>(),
+                            var.data<const float>(),
+                            out.data<float>(),
+                            advantages.numel(),
+                            threads};
   run("whiten_advantages", advantages, ic::whiten_cpu, CUDA_KERNEL(whiten_cuda), args);
 }
 
@@ -527,13 +534,13 @@ int64_t ppo_loss_workspace(TensorView logprobs, int64_t segments, bool by_sequen
 }
 
 void ppo_loss(TensorView logprobs, TensorView old_logprobs, TensorView advantages, TensorView mask,
-              OptionalView values, OptionalView old_values, OptionalView returns, OptionalView entropy,
-              OptionalView ref_logprobs, OptionalView weights, OptionalView cu_seqlens,
-              OptionalView normalizer, TensorView loss, TensorView sums, OptionalView grad_logprobs,
-              OptionalView grad_values, OptionalView grad_entropy, TensorView workspace,
-              int64_t segments, int64_t segment_tokens, bool by_sequence, float ratio_low,
-              float ratio_high, float dual_clip, float value_clip_range, float value_coef,
-              float entropy_coef, float kl_coef, int threads) {
+              OptionalView values, OptionalView old_values, OptionalView returns,
+              OptionalView entropy, OptionalView ref_logprobs, OptionalView weights,
+              OptionalView cu_seqlens, OptionalView normalizer, TensorView loss, TensorView sums,
+              OptionalView grad_logprobs, OptionalView grad_values, OptionalView grad_entropy,
+              TensorView workspace, int64_t segments, int64_t segment_tokens, bool by_sequence,
+              float ratio_low, float ratio_high, float dual_clip, float value_clip_range,
+              float value_coef, float entropy_coef, float kl_coef, int threads) {
   if (cu_seqlens) check_cu_seqlens("ppo_loss", *cu_seqlens, logprobs.numel());
   ic::PpoLossArgs args{};
   args.logprobs = logprobs.data<const float>();
@@ -645,23 +652,24 @@ ic::TokenLogprobsArgs token_logprobs_args(const TensorView& logits, const Tensor
   return args;
 }
 
-void token_logprobs(TensorView logits, TensorView targets, OptionalView mask, TensorView temperature,
-                    TensorView logprobs, OptionalView entropy, TensorView lse, TensorView top1,
-                    TensorView stats, int64_t ignore_index, int threads) {
-  ic::TokenLogprobsArgs args = token_logprobs_args(logits, targets, mask, temperature, entropy, stats,
-                                                   ignore_index, threads);
+void token_logprobs(TensorView logits, TensorView targets, OptionalView mask,
+                    TensorView temperature, TensorView logprobs, OptionalView entropy,
+                    TensorView lse, TensorView top1, TensorView stats, int64_t ignore_index,
+                    int threads) {
+  ic::TokenLogprobsArgs args = token_logprobs_args(logits, targets, mask, temperature, entropy,
+                                                   stats, ignore_index, threads);
   args.logprobs = logprobs.data<float>();
   args.lse = lse.data<float>();
   args.top1 = top1.data<bool>();
   run("token_logprobs", logits, ic::token_logprobs_cpu, CUDA_KERNEL(token_logprobs_cuda), args);
 }
 
-void token_logprobs_backward(OptionalView grad_logprobs, OptionalView grad_entropy, TensorView logits,
-                             TensorView targets, OptionalView mask, TensorView temperature,
-                             OptionalView entropy, TensorView stats, TensorView grad,
-                             int64_t ignore_index, int threads) {
-  const ic::TokenLogprobsArgs forward = token_logprobs_args(logits, targets, mask, temperature, entropy,
-                                                            stats, ignore_index, threads);
+void token_logprobs_backward(OptionalView grad_logprobs, OptionalView grad_entropy,
+                             TensorView logits, TensorView targets, OptionalView mask,
+                             TensorView temperature, OptionalView entropy, TensorView stats,
+                             TensorView grad, int64_t ignore_index, int threads) {
+  const ic::TokenLogprobsArgs forward = token_logprobs_args(logits, targets, mask, temperature,
+                                                            entropy, stats, ignore_index, threads);
   const ic::TokenLogprobsGradArgs args{&forward,
                                        data_or_null<const float>(grad_logprobs),
                                        data_or_null<const float>(grad_entropy),

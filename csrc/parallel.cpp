@@ -82,8 +82,8 @@ class Pool {
 
 thread_local bool Pool::inside_ = false;
 
-// Never destroyed: its threads are asleep in it when the process ends. A forked child has none of the
-// threads and perhaps a locked mutex, so it gets a new pool.
+// Never destroyed: its threads are asleep in it when the process ends. A forked child has none of
+// the threads and perhaps a locked mutex, so it gets a new pool.
 std::atomic<Pool*> pool{nullptr};
 
 Pool& get_pool() {

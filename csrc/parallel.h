@@ -1,9 +1,9 @@
 // The CPU thread pool: parallel_rows(n, grain, threads, f) calls f(begin, end) on pieces of [0, n).
 //
-// Workers sleep between calls; pieces of `grain` rows are handed out dynamically, so a slow core does not hold
-// up the others. Results must not depend on who ran a piece: every row's output is a function of that row
-// alone. One call at a time owns the pool: a nested or concurrent one runs on its calling thread. A forked
-// child starts a pool of its own.
+// Workers sleep between calls; pieces of `grain` rows are handed out dynamically, so a slow core
+// does not hold up the others. Results must not depend on who ran a piece: every row's output is a
+// function of that row alone. One call at a time owns the pool: a nested or concurrent one runs on
+// its calling thread. A forked child starts a pool of its own.
 #pragma once
 
 #include <cstdint>

@@ -1,13 +1,13 @@
-// ppo_advantage: rewards from scores and KL, GAE, and whitening (Ouyang et al. 2022, arXiv:2203.02155, section
-// 3.5; Huang et al. 2024, arXiv:2403.17031).
+// ppo_advantage: rewards from scores and KL, GAE, and whitening (Ouyang et al. 2022,
+// arXiv:2203.02155, section 3.5; Huang et al. 2024, arXiv:2403.17031).
 //
-//   reward[t] = -kl_coef (logprob[t] - ref[t]) on unmasked steps, + clamp(score, +-reward_clip) at score_index
-//   whiten_rewards: (reward - mean) rsqrt(var + 1e-8) + mean over unmasked steps
+//   reward[t] = -kl_coef (logprob[t] - ref[t]) on unmasked steps, + clamp(score, +-reward_clip) at
+//   score_index whiten_rewards: (reward - mean) rsqrt(var + 1e-8) + mean over unmasked steps
 //   advantages, returns: gae.h; whiten: (advantage - mean) rsqrt(var + 1e-8) over unmasked steps
 //
-// Moments are float64, each row's own first, then merged in the order of the rows (Chan et al. 1979);
-// on CUDA each tile's own, then merged in the order of the tiles. So the same bits for any number of
-// threads.
+// Moments are float64, each row's own first, then merged in the order of the rows (Chan et al.
+// 1979); on CUDA each tile's own, then merged in the order of the tiles. So the same bits for any
+// number of threads.
 #pragma once
 
 #include "gae.h"
@@ -20,7 +20,7 @@ struct Moments {
 
 struct PpoAdvantageArgs {
   // Contiguous float32, (B, T) or, with cu_seqlens, packed (N,).
-  const float* scores;         // (B,)
+  const float* scores;  // (B,)
   const float* logprobs;
   const float* ref_logprobs;
   const uint8_t* mask;         // 1 = a step of the response

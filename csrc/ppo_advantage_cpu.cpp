@@ -1,9 +1,8 @@
-// ppo_advantage on the CPU: rows in parallel, one sweep per row while it is in cache; a second sweep where
-// whitening needs the moments of all rows.
-#include "ppo_advantage.h"
-
+// ppo_advantage on the CPU: rows in parallel, one sweep per row while it is in cache; a second
+// sweep where whitening needs the moments of all rows.
 #include "gae_row.h"
 #include "parallel.h"
+#include "ppo_advantage.h"
 #include "simd.h"
 
 namespace ic::IC_ISA {
@@ -56,7 +55,8 @@ Moments merge_rows(const PpoAdvantageArgs& a) {
 }
 
 // x <- (x - mean) rsqrt(var + 1e-8) + shift on unmasked steps.
-void scale(float* out, const float* x, const uint8_t* mask, int64_t n, float mean, float var, float shift) {
+void scale(float* out, const float* x, const uint8_t* mask, int64_t n, float mean, float var,
+           float shift) {
   const float factor = whiten_factor(var);
   for (int64_t i = 0; i < n; ++i)
     out[i] = (!mask || mask[i]) ? whitened(x[i], mean, factor, shift) : 0.0f;
@@ -118,15 +118,14 @@ void ppo_advantage_cpu(const PpoAdvantageArgs& a) {
   a.stats[1] = static_cast<float>(all.mean);
   a.stats[2] = static_cast<float>(all.m2);
   if (!a.whiten || all.count <= 1) return;
-  each_row([&](int64_t begin, int64_t end) {
-    scale_rows(a, a.gae.advantages, all, false, begin, end);
-  });
+  each_row(
+      [&](int64_t begin, int64_t end) { scale_rows(a, a.gae.advantages, all, false, begin, end); });
 }
 
 void whiten_cpu(const WhitenArgs& a) {
   parallel_rows(a.count, 16384, a.threads, [&](int64_t begin, int64_t end) {
-    scale(a.out + begin, a.advantages + begin, a.mask ? a.mask + begin : nullptr, end - begin, *a.mean,
-          *a.var, 0.0f);
+    scale(a.out + begin, a.advantages + begin, a.mask ? a.mask + begin : nullptr, end - begin,
+          *a.mean, *a.var, 0.0f);
   });
 }
 

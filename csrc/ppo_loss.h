@@ -1,16 +1,16 @@
-// ppo_loss: PPO's clipped policy loss (Schulman et al. 2017, arXiv:1707.06347, eq. 7), clipped value loss,
-// entropy bonus and k3 KL term, their gradients and statistics, in one sweep.
+// ppo_loss: PPO's clipped policy loss (Schulman et al. 2017, arXiv:1707.06347, eq. 7), clipped
+// value loss, entropy bonus and k3 KL term, their gradients and statistics, in one sweep.
 //
 //   d = clamp(logprob - old, +-20), rho = e^d
-//   policy = max(-rho A, -clip(rho, ratio_low, ratio_high) A); where A < 0 at most -dual_clip A; times weight
-//   value  = max((v - R)^2, (old_v + clip(v - old_v, +-value_clip) - R)^2) / 2
-//   kl     = e^(ref - logprob) - 1 - (ref - logprob)
-//   loss   = sum over unmasked tokens of w (policy + value_coef value - entropy_coef entropy + kl_coef kl),
+//   policy = max(-rho A, -clip(rho, ratio_low, ratio_high) A); where A < 0 at most -dual_clip A;
+//   times weight value  = max((v - R)^2, (old_v + clip(v - old_v, +-value_clip) - R)^2) / 2 kl =
+//   e^(ref - logprob) - 1 - (ref - logprob) loss   = sum over unmasked tokens of w (policy +
+//   value_coef value - entropy_coef entropy + kl_coef kl),
 //            over the normalizer
 //
-// Tokens are cut into segments: a row each where w depends on the row ("sequence"), else fixed blocks; on CUDA
-// always blocks. A segment's sums are its own; they are added in order, so bits do not depend on the threads.
-// Packed tokens outside every row count nowhere and have gradient 0.
+// Tokens are cut into segments: a row each where w depends on the row ("sequence"), else fixed
+// blocks; on CUDA always blocks. A segment's sums are its own; they are added in order, so bits do
+// not depend on the threads. Packed tokens outside every row count nowhere and have gradient 0.
 #pragma once
 
 #include <stdint.h>
@@ -49,8 +49,9 @@ struct PpoLossArgs {
   float* loss;                // 0-d
   float* sums;                // (kStatistics,)
   float *grad_logprobs, *grad_values, *grad_entropy;  // (tokens,) of the loss; null: not wanted
-  double* workspace;          // ppo_loss_workspace() of them; (segments, kPpoSums) on the CPU
-  int64_t tokens, segments, segment_tokens;  // segment_tokens (of each but the last): unless cu_seqlens
+  double* workspace;  // ppo_loss_workspace() of them; (segments, kPpoSums) on the CPU
+  int64_t tokens, segments,
+      segment_tokens;  // segment_tokens (of each but the last): unless cu_seqlens
   bool by_sequence;
   float ratio_low, ratio_high, dual_clip, value_clip_range;  // dual_clip, value_clip < 0: none
   float value_coef, entropy_coef, kl_coef;

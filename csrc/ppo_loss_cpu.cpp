@@ -1,7 +1,6 @@
 // ppo_loss on the CPU: a sweep over the mask for the normalizer, then one over everything else.
-#include "ppo_loss.h"
-
 #include "parallel.h"
+#include "ppo_loss.h"
 #include "simd.h"
 // After the vectors that it is written in.
 #include "ppo_loss_token.h"
@@ -19,7 +18,8 @@ Segment segment_of(const PpoLossArgs& a, int64_t s) {
   return {s * a.segment_tokens, end < a.tokens ? end : a.tokens};
 }
 
-// A term's sum in float64, lane by lane: thousands of terms of either sign would lose digits in float32.
+// A term's sum in float64, lane by lane: thousands of terms of either sign would lose digits in
+// float32.
 struct LaneSums {
   double lane[kLanes];
 };
@@ -30,7 +30,8 @@ struct Coefficients {
 };
 
 // Up to 16 tokens from i on: adds to the sums, writes the gradients.
-IC_INLINE void tokens16(const PpoLossArgs& a, int64_t i, int n, Coefficients c, LaneSums (&sums)[kPpoSums]) {
+IC_INLINE void tokens16(const PpoLossArgs& a, int64_t i, int n, Coefficients c,
+                        LaneSums (&sums)[kPpoSums]) {
   const Vec zero = broadcast(0.0f);
   const Mask kept = load_mask(a.mask + i, n);
   const auto in = [&](const float* x) __attribute__((always_inline)) {

@@ -28,7 +28,6 @@
 // by arithmetic, and should take 1.6 ms. Bias, penalties and disallowed tokens add 4, 5 and 1 bytes
 // a logit to each step.
 #include "sample.h"
-
 #include "softmax_row.cuh"
 
 namespace ic {
@@ -165,7 +164,7 @@ IC_GPU Split split_row(const Row& row, float max, ScaledExp exp_of, float low, f
                        const float (&pivot)[kPivots]) {
   float above[kPivots] = {}, least = -kMinusInf, greatest = kMinusInf;
   int inside = 0;
-  each_tile(row, [&](int64_t, int64_t first, const uint4 (&raw)[kRowVectors]) {
+  each_tile(row, [&](int64_t, int64_t first, const uint4(&raw)[kRowVectors]) {
 #pragma unroll
     for (int v = 0; v < kRowVectors; ++v) {
       float y[Row::kItems];
@@ -183,8 +182,8 @@ IC_GPU Split split_row(const Row& row, float max, ScaledExp exp_of, float low, f
       }
     }
   });
-  return block_reduce<kRowWarps>(
-      Split{{above[0], above[1], above[2]}, inside, least, greatest}, JoinSplits());
+  return block_reduce<kRowWarps>(Split{{above[0], above[1], above[2]}, inside, least, greatest},
+                                 JoinSplits());
 }
 
 // The index behind the `ties`-th token of a value, of which there are more. Each thread looks
@@ -364,7 +363,11 @@ IC_GPU int64_t draw_token(const Row& row, const RowStats& stats, float scale, ui
   constexpr float kBelowMean = 2.5f;
   Draw draw{{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)},
             {static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32)},
-            stats.max, scale, logf(stats.sum) - kBelowMean, kMinusInf, row.n};
+            stats.max,
+            scale,
+            logf(stats.sum) - kBelowMean,
+            kMinusInf,
+            row.n};
   for (;;) {
     if (row.aligned()) {
       draw.template take<true>(row);

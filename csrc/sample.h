@@ -45,7 +45,7 @@ struct SampleArgs {
   float *logprobs, *sampled_logprobs;  // (N,)
   // On the CPU (slots, 3, padded_vocab): values, weights, adjusted logits. On CUDA nothing.
   float* workspace;
-  int64_t slots, padded_vocab;         // padded_vocab: V up to a multiple of 16
+  int64_t slots, padded_vocab;  // padded_vocab: V up to a multiple of 16
   Dtype dtype;
   int threads;
 };

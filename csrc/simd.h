@@ -1,8 +1,10 @@
-// The CPU kernels' vocabulary: a vector of 16 floats, loads and stores of every element type, exp and log.
+// The CPU kernels' vocabulary: a vector of 16 floats, loads and stores of every element type, exp
+// and log.
 //
-// A vector has 16 lanes on every instruction set (one, two or four registers), every reduction is one fixed
-// tree and fused multiply-adds are explicit. So a kernel's bits are the same on all levels with an FMA.
-// Included by per-ISA files only: everything here is inlined into namespace ic::<level>.
+// A vector has 16 lanes on every instruction set (one, two or four registers), every reduction is
+// one fixed tree and fused multiply-adds are explicit. So a kernel's bits are the same on all
+// levels with an FMA. Included by per-ISA files only: everything here is inlined into namespace
+// ic::<level>.
 #pragma once
 
 #include <stdint.h>
@@ -48,11 +50,11 @@ struct Vec {
 using Mask = VecInt;
 
 #define IC_EACH_PART for (int p = 0; p < kParts; ++p)
-#define IC_BINARY(Type, Result, op)                       \
-  IC_INLINE Result operator op(Type a, Type b) {          \
-    Result r;                                             \
-    IC_EACH_PART r.part[p] = a.part[p] op b.part[p];      \
-    return r;                                             \
+#define IC_BINARY(Type, Result, op)                  \
+  IC_INLINE Result operator op(Type a, Type b) {     \
+    Result r;                                        \
+    IC_EACH_PART r.part[p] = a.part[p] op b.part[p]; \
+    return r;                                        \
   }
 IC_BINARY(Vec, Vec, +)
 IC_BINARY(Vec, Vec, -)
@@ -234,8 +236,8 @@ IC_INLINE void transpose(Vec (&rows)[kLanes]) {
   Lanes a[kLanes], b[kLanes];
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) a[i] = lanes_of(rows[i]);
-  const auto deal = [](const Lanes(&from)[kLanes],
-                       Lanes(&to)[kLanes]) __attribute__((always_inline)) {
+  const auto deal =
+      [](const Lanes(&from)[kLanes], Lanes(&to)[kLanes]) __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int i = 0; i < kLanes / 2; ++i) {
       const Lanes x = from[i], y = from[i + kLanes / 2];
@@ -295,8 +297,8 @@ IC_INLINE void store(BFloat16* to, Vec a) {
 IC_INLINE Vec load(const Float16* from) {
 #if defined(__AVX512F__)
   Vec r;
-  r.part[0] = (NativeFloat)_mm512_cvtph_ps(
-      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  r.part[0] =
+      (NativeFloat)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
   return r;
 #elif defined(__F16C__)
   Vec r;
@@ -396,8 +398,9 @@ IC_INLINE Mask load_mask(const uint8_t* from, int n) {
 
 // ---- functions: at most 2 ulp on normal results ----
 
-// e^x; 0 below -104, inf above 89, NaN stays. Cody and Waite's reduction, a polynomial of degree 6 fitted
-// for the least relative error (3e-9) on |r| <= ln(2)/2, and the power of two in two exact steps.
+// e^x; 0 below -104, inf above 89, NaN stays. Cody and Waite's reduction, a polynomial of degree 6
+// fitted for the least relative error (3e-9) on |r| <= ln(2)/2, and the power of two in two exact
+// steps.
 IC_INLINE Vec exp(Vec x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   x = select(x < broadcast(-104.0f), broadcast(-104.0f), x);

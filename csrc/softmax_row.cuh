@@ -1,5 +1,5 @@
-// The softmax statistics of one row of logits by a block of threads, in a single read: the same bits
-// for the same row, wherever it lies and whoever asks.
+// The softmax statistics of one row of logits by a block of threads, in a single read: the same
+// bits for the same row, wherever it lies and whoever asks.
 //
 //   y[i], the logits; T = temperature, scale = 1 / T
 //   max = max_i y[i]     sum = sum_i e^(scale (y[i] - max))     dot = sum_i e^(..) (y[i] - max)
@@ -7,9 +7,9 @@
 // Cut: which thread takes element i depends on i alone. A tile is kVectors vectors of 16 bytes for
 // each thread, a vector's neighbours in the row being its neighbours in the warp. A thread folds
 // tile by tile into a maximum and sums of its own (online softmax); the block joins them in a fixed
-// order. A row that does not begin at a multiple of 16 bytes is read as two aligned vectors for each
-// one, of which the second comes from L1. -inf (a masked token) weighs exactly 0; NaN and +inf make
-// the sum NaN, as does a row of nothing but -inf make (-inf, 0).
+// order. A row that does not begin at a multiple of 16 bytes is read as two aligned vectors for
+// each one, of which the second comes from L1. -inf (a masked token) weighs exactly 0; NaN and +inf
+// make the sum NaN, as does a row of nothing but -inf make (-inf, 0).
 //
 // 64 bytes in flight for each of 1024 threads or more are twice what an H200 needs to keep 4.8 TB/s
 // busy (36 bytes a nanosecond and multiprocessor, at 0.8 us).
@@ -106,8 +106,8 @@ struct LogitsRow {
   IC_GPU bool aligned() const { return bytes_past_16(x) == 0; }
   IC_GPU float at(int64_t i) const { return to_float(x[i]); }
 
-  // kCount vectors, from i, i + step, .. on; -inf past the end. kAligned is aligned(): a row that is
-  // read once may then pass L1 by. All loads are on their way before the first is waited for.
+  // kCount vectors, from i, i + step, .. on; -inf past the end. kAligned is aligned(): a row that
+  // is read once may then pass L1 by. All loads are on their way before the first is waited for.
   template <bool kAligned, int kCount>
   IC_GPU void load(int64_t i, int64_t step, uint4 (&raw)[kCount]) const {
     const uint32_t bytes = kAligned ? 0 : bytes_past_16(x);
@@ -154,8 +154,7 @@ struct CappedRow : LogitsRow<T> {
 struct ScaledExp {
   float c, lowest;
 
-  IC_GPU explicit ScaledExp(float scale)
-      : c(scale * kLog2e), lowest(-127.0f / (scale * kLog2e)) {}
+  IC_GPU explicit ScaledExp(float scale) : c(scale * kLog2e), lowest(-127.0f / (scale * kLog2e)) {}
   IC_GPU float operator()(float d) const { return exp2_approx(d * c); }
   IC_GPU float clamp(float d) const { return fmaxf(d, lowest); }  // also for d = -inf, NaN
 };
@@ -179,8 +178,8 @@ constexpr int64_t kRowStep = int64_t{kRowThreads} * Row::kItems;
 template <class Row>
 constexpr int64_t kRowTile = kRowVectors * kRowStep<Row>;
 
-// visit(start, first, raw) for each tile of the row, from element `start` on: this thread's vectors,
-// of which raw[v] holds the elements from first + v kRowStep on; -inf past the end.
+// visit(start, first, raw) for each tile of the row, from element `start` on: this thread's
+// vectors, of which raw[v] holds the elements from first + v kRowStep on; -inf past the end.
 template <bool kAligned, class Row, class Visit>
 IC_GPU void each_tile(const Row& row, Visit visit) {
   for (int64_t start = 0; start < row.n; start += kRowTile<Row>) {
@@ -200,8 +199,8 @@ IC_GPU void each_tile(const Row& row, Visit visit) {
   }
 }
 
-// dot only with kDot; it is 0 otherwise, and max and sum have the same bits. All threads call it and
-// get the same max, sum and dot.
+// dot only with kDot; it is 0 otherwise, and max and sum have the same bits. All threads call it
+// and get the same max, sum and dot.
 template <bool kDot, class Row>
 IC_GPU RowStats softmax_row(const Row& row, float scale) {
   const ScaledExp exp_of(scale);
@@ -216,8 +215,9 @@ IC_GPU RowStats softmax_row(const Row& row, float scale) {
     if constexpr (kDot) of.dot = fmaf(step, of.sum, of.dot) * factor;
     of.sum *= factor;
   };
-  // Two looks at a tile, each of which unpacks it anew: registers are dearer than instructions here.
-  each_tile(row, [&](int64_t start, int64_t first, const uint4 (&raw)[kRowVectors]) {
+  // Two looks at a tile, each of which unpacks it anew: registers are dearer than instructions
+  // here.
+  each_tile(row, [&](int64_t start, int64_t first, const uint4(&raw)[kRowVectors]) {
     float top = kMinusInf, y[Row::kItems];
 #pragma unroll
     for (int v = 0; v < kRowVectors; ++v) {
@@ -252,15 +252,14 @@ struct Min {
   IC_GPU int64_t operator()(int64_t a, int64_t b) const { return a < b ? a : b; }
 };
 
-// The lowest index whose logit is the maximum, for all threads. A thread reads again only the tile in
-// which it first met it.
+// The lowest index whose logit is the maximum, for all threads. A thread reads again only the tile
+// in which it first met it.
 template <class Row>
 IC_GPU int64_t row_argmax(const Row& row, const RowStats& stats) {
   int64_t lowest = row.n;
   if (stats.own_max == stats.max) {
     for (int v = 0; v < kRowVectors; ++v) {
-      const int64_t i =
-          stats.own_tile + v * kRowStep<Row> + int64_t{threadIdx.x} * Row::kItems;
+      const int64_t i = stats.own_tile + v * kRowStep<Row> + int64_t{threadIdx.x} * Row::kItems;
       for (int j = Row::kItems - 1; j >= 0; --j)
         if (i + j < lowest && row.at(i + j) == stats.max) lowest = i + j;
     }

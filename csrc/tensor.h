@@ -1,8 +1,9 @@
-// Torch tensors at the border, without torch: a view over DLPack's C exchange API (torch >= 2.11) and its
-// pybind11 caster. A view borrows: it lives as long as the Python argument it came from. 0.3 us per tensor.
+// Torch tensors at the border, without torch: a view over DLPack's C exchange API (torch >= 2.11)
+// and its pybind11 caster. A view borrows: it lives as long as the Python argument it came from.
+// 0.3 us per tensor.
 //
-// The structs are the ABI of the DLPack 1.x specification (https://dmlc.github.io/dlpack), written out here
-// because five of them are all that is needed.
+// The structs are the ABI of the DLPack 1.x specification (https://dmlc.github.io/dlpack), written
+// out here because five of them are all that is needed.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -56,8 +57,8 @@ inline constexpr uint8_t kInt = 0, kUInt = 1, kFloat = 2, kBFloat = 4, kBool = 6
 // torch.Tensor's table, found once.
 inline const ExchangeApi* exchange_api(PyTypeObject* type) {
   static const ExchangeApi* found = [type]() -> const ExchangeApi* {
-    PyObject* capsule = PyObject_GetAttrString(reinterpret_cast<PyObject*>(type),
-                                               "__dlpack_c_exchange_api__");
+    PyObject* capsule =
+        PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__");
     if (!capsule) {
       PyErr_Clear();
       return nullptr;
