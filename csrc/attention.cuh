@@ -260,9 +260,27 @@ struct PackedTile {
   }
 };
 
+// Rows of a packed tensor that belong to no sequence, before the first and after the last: a block
+// for each calls clear(row).
+template <class Clear>
+IC_GPU void each_gap(const int32_t* cu, int64_t sequences, int64_t tokens, const Clear& clear) {
+  const int64_t begin = cu[0], end = cu[sequences];
+  for (int64_t gap = blockIdx.x; gap < begin + tokens - end; gap += gridDim.x)
+    clear(gap < begin ? gap : end + gap - begin);
+}
+
+// Zeros in all heads of a row of a tensor of 16-bit elements that is aligned.
+template <int kThreads>
+IC_GPU void clear_row(const AttentionTensor& t, int64_t row, int64_t heads, int64_t dim) {
+  uint16_t* to = static_cast<uint16_t*>(t.data) + row * t.token;
+  const int64_t chunks = dim / 8;
+  for (int64_t i = threadIdx.x; i < heads * chunks; i += kThreads)
+    *reinterpret_cast<uint4*>(to + i / chunks * t.head + i % chunks * 8) = make_uint4(0, 0, 0, 0);
+}
+
 // No more numbers than this; n is the tensor's tokens.
 inline int64_t packed_tiles(int64_t n, int64_t sequences, int64_t rows) {
-  return n / rows + sequences;
+  return sequences > 0 ? n / rows + sequences : 0;
 }
 
 // A sequence whose keys are its queries: what they see are the queries.

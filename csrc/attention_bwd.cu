@@ -202,17 +202,11 @@ IC_GPU void store_rows(const float (&sums)[kRowTiles][kDim / 8][4], float scale,
 
 constexpr int kSumThreads = 256, kSinkThreads = 512;
 
-// Rows of a packed gradient that belong to no sequence; its heads lie side by side.
+// Rows of no sequence.
 IC_GPU void clear_gaps(const AttentionTensor& t, const int32_t* cu, const AttentionArgs& a,
                        int64_t tokens, int64_t heads) {
-  const int64_t begin = cu[0], end = cu[a.sequences], chunks = heads * a.dim / 8;
-#pragma unroll 1
-  for (int64_t gap = blockIdx.x; gap < begin + tokens - end; gap += gridDim.x) {
-    const int64_t row = gap < begin ? gap : end + gap - begin;
-    uint4* to = reinterpret_cast<uint4*>(static_cast<uint16_t*>(t.data) + row * t.token);
-#pragma unroll 1
-    for (int64_t i = threadIdx.x; i < chunks; i += kSumThreads) to[i] = make_uint4(0, 0, 0, 0);
-  }
+  each_gap(cu, a.sequences, tokens,
+           [&](int64_t row) { clear_row<kSumThreads>(t, row, heads, a.dim); });
 }
 
 template <class T>

@@ -83,18 +83,12 @@ IC_GPU void find_work(const AttentionArgs& a, int64_t unit, int rows, Work* w) {
   }
 }
 
-// Rows of a packed tensor that belong to no sequence.
 IC_GPU void clear_gaps(const AttentionArgs& a) {
-  const int64_t begin = a.cu_q[0], end = a.cu_q[a.sequences];
-  const int64_t chunks = a.heads * (a.dim / 8);
-  for (int64_t gap = blockIdx.x; gap < begin + a.queries - end; gap += gridDim.x) {
-    const int64_t row = gap < begin ? gap : end + gap - begin;
-    uint16_t* out = static_cast<uint16_t*>(a.out.data) + row * a.out.token;
-    for (int64_t i = threadIdx.x; i < chunks; i += kThreads)
-      *reinterpret_cast<uint4*>(out + i / (a.dim / 8) * a.out.head + i % (a.dim / 8) * 8) = {};
+  each_gap(a.cu_q, a.sequences, a.queries, [&](int64_t row) {
+    clear_row<kThreads>(a.out, row, a.heads, a.dim);
     for (int64_t h = threadIdx.x; h < a.heads; h += kThreads)
       a.lse[h * a.queries + row] = kMinusInf;
-  }
+  });
 }
 
 template <class T, int kDim>
@@ -288,11 +282,13 @@ struct Launch {
              " sequences of ", a.queries, " queries and ", a.heads, " heads");
     IC_CHECK(S::kSharedBytes <= max_shared_bytes(), "attention: a head dim of ", a.dim, " takes ",
              S::kSharedBytes, " bytes of shared memory, this GPU has ", max_shared_bytes());
-    if (units == 0) return;
+    if (a.queries == 0) return;
+    // At least one block: a packed tensor without a sequence has rows to clear.
     const int64_t most = int64_t{multiprocessors()} * S::kBlocks;
+    const int64_t blocks = units < 1 ? 1 : units < most ? units : most;
     zero_on_stream(a.workspace, sizeof(uint32_t), stream);
-    launch(forward<T, kDim>, dim3(static_cast<unsigned>(units < most ? units : most)),
-           dim3(kThreads), S::kSharedBytes, stream, a, units);
+    launch(forward<T, kDim>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), S::kSharedBytes,
+           stream, a, units);
   }
 };
 

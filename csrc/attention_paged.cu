@@ -544,19 +544,13 @@ class Tile {
   const int tile_row_, first_chunk_;  // of this warp
 };
 
-// Rows that belong to no sequence.
 IC_GPU void clear_gaps(const AttentionArgs& a, const Workspace& space) {
-  const int64_t begin = a.cu_q[0], end = a.cu_q[a.sequences];
-  const int64_t chunks = a.heads * (a.dim / 8);
-  for (int64_t gap = blockIdx.x; gap < begin + a.queries - end; gap += gridDim.x) {
-    const int64_t row = gap < begin ? gap : end + gap - begin;
-    uint16_t* out = static_cast<uint16_t*>(a.out.data) + row * a.out.token;
-    for (int64_t i = threadIdx.x; i < chunks; i += kThreads)
-      *reinterpret_cast<uint4*>(out + i / (a.dim / 8) * a.out.head + i % (a.dim / 8) * 8) = {};
+  each_gap(a.cu_q, a.sequences, a.queries, [&](int64_t row) {
+    clear_row<kThreads>(a.out, row, a.heads, a.dim);
     for (int64_t h = threadIdx.x; h < a.heads; h += kThreads)
       a.lse[h * a.queries + row] = kMinusInf;
     if (space.tokens && threadIdx.x == 0) space.tokens[row] = {0, 0, 0};
-  }
+  });
 }
 
 template <class T, int kDim>

@@ -396,6 +396,10 @@ def test_rows_of_no_sequence_are_zero(device, dtype):
     for x, cu in ((out, cu_q), (grads[0], cu_q), (grads[1], cu_k), (grads[2], cu_k)):
         assert x[: cu[0]].eq(0).all() and x[cu[-1] :].eq(0).all()
     assert lse[:, cu_q[-1] :].eq(-torch.inf).all()
+    none = cu_q.new_zeros(1)  # no sequence at all
+    out, lse = attention_varlen(q, k, v, none, none, return_lse=True)
+    grads = torch.autograd.grad(out, leaves, torch.full_like(out, NAN))
+    assert all(x.eq(0).all() for x in (out, *grads)) and lse.eq(-torch.inf).all()
 
 
 def test_rows_without_keys(device, dtype):
