@@ -299,7 +299,7 @@ IC_GPU AttentionSequence mirrored(const AttentionSequence& s) {
 // tanh within 2e-7. Without a branch: the logits of a tile are in registers all at once.
 IC_GPU float tanh_of(float x) {
   const float e = exp2_approx(__fmul_rn(x, 2.0f * kLog2e));
-  return 1.0f - __fdividef(2.0f, e + 1.0f);
+  return __fadd_rn(1.0f, -__fdividef(2.0f, __fadd_rn(e, 1.0f)));
 }
 
 struct LogitRule {
@@ -510,11 +510,11 @@ struct RowEnd {
       lse = sink;
       return;
     }
-    const float sink2 = sink * kLog2e, top = fmaxf(max, sink2);
-    const float keep = exp2_approx(max - top);
-    sum = fmaf(sum, keep, exp2_approx(sink2 - top));
+    const float sink2 = __fmul_rn(sink, kLog2e), top = fmaxf(max, sink2);
+    const float keep = exp2_approx(__fadd_rn(max, -top));
+    sum = fmaf(sum, keep, exp2_approx(__fadd_rn(sink2, -top)));
     factor = keep / sum;
-    lse = (top + log2f(sum)) * kLn2;
+    lse = __fmul_rn(__fadd_rn(top, log2f(sum)), kLn2);
   }
   IC_GPU float operator()(float x) const { return fmaf(x, factor, 0.0f); }
 };

@@ -268,6 +268,15 @@ __global__ void __launch_bounds__(kThreads, Shape<kDim>::kBlocks)
   }
 }
 
+// At least one block: a packed tensor without a sequence has rows to clear. No more than rows, of
+// all heads: so many at most have work, however many sequences are empty.
+template <class S>
+int64_t blocks_at_most(const AttentionArgs& a) {
+  const int64_t most = int64_t{multiprocessors()} * S::kBlocks;
+  const int64_t rows = (a.cu_q ? 1 : a.sequences) * a.queries * a.heads;
+  return rows < 1 ? 1 : rows < most ? rows : most;
+}
+
 struct Launch {
   const AttentionArgs& a;
   Stream stream;
@@ -283,8 +292,7 @@ struct Launch {
     IC_CHECK(S::kSharedBytes <= max_shared_bytes(), "attention: a head dim of ", a.dim, " takes ",
              S::kSharedBytes, " bytes of shared memory, this GPU has ", max_shared_bytes());
     if (a.queries == 0) return;
-    // At least one block: a packed tensor without a sequence has rows to clear.
-    const int64_t most = int64_t{multiprocessors()} * S::kBlocks;
+    const int64_t most = blocks_at_most<S>(a);
     const int64_t blocks = units < 1 ? 1 : units < most ? units : most;
     zero_on_stream(a.workspace, sizeof(uint32_t), stream);
     launch(forward<T, kDim>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), S::kSharedBytes,
@@ -295,18 +303,12 @@ struct Launch {
 }  // namespace
 
 int64_t attention_forward_workspace(const AttentionArgs& a) {
-  const auto floats = [&](auto shape, int64_t tiles) {
+  const auto floats = [&](auto shape) {
     using S = decltype(shape);
-    const int64_t most = int64_t{multiprocessors()} * S::kBlocks;
-    const int64_t units = tiles * a.heads;
-    return kTicketFloats +
-           (a.keys <= kSegment ? 0 : (units < most ? units : most) * S::kAsideFloats);
+    return kTicketFloats + (a.keys <= kSegment ? 0 : blocks_at_most<S>(a) * S::kAsideFloats);
   };
   const int64_t dim = attention_padded_dim(a.dim);
-  const int64_t tiles = a.sequences * a.queries;
-  return dim == 64    ? floats(Shape<64>{}, tiles)
-         : dim == 128 ? floats(Shape<128>{}, tiles)
-                      : floats(Shape<256>{}, tiles);
+  return dim == 64 ? floats(Shape<64>{}) : dim == 128 ? floats(Shape<128>{}) : floats(Shape<256>{});
 }
 
 void attention_forward_cuda(const AttentionArgs& a, void* stream) {

@@ -139,6 +139,7 @@ struct Block {
       sequence = blockIdx.x / tiles;
       tile = blockIdx.x % tiles;
     }
+    if (tile < 0) return;  // before the first sequence
     s = attention_sequence(a, sequence);
     s.group = 1;
     if (of_keys) s = mirrored(s);

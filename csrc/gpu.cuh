@@ -46,8 +46,8 @@ inline void check_cuda(cudaError_t error, const char* what, const Stream& at) {
 template <class... Parameters, class... Args>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
             Stream stream, Args... args) {
-  constexpr size_t kWithoutOptIn = 48 * 1024;
-  if (shared_bytes > kWithoutOptIn)
+  // Above 48 KB, a kernel's own arrays included, a block has to ask.
+  if (shared_bytes > 0)
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(shared_bytes)),
                "shared memory of a launch", stream);

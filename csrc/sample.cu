@@ -89,8 +89,10 @@ struct AdjustedRow : LogitsRow<T> {
       const float presence = a.presence.at(r), frequency = a.frequency.at(r);
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
-        if (count[j] > 0 || prompt[j]) y[j] *= y[j] > 0.0f ? inverse : repetition;
-        if (count[j] > 0) y[j] = y[j] - presence - frequency * static_cast<float>(count[j]);
+        if (count[j] > 0 || prompt[j])
+          y[j] = __fmul_rn(y[j], y[j] > 0.0f ? inverse : repetition);
+        if (count[j] > 0)
+          y[j] = y[j] - presence - __fmul_rn(frequency, static_cast<float>(count[j]));
       }
     }
     if (a.allowed) {
@@ -287,8 +289,9 @@ IC_GPU RowStats truncate(const SampleArgs& a, int64_t r, float scale, RowStats s
         low = stats.max + logf(share / static_cast<float>(row.n)) / scale;
         target = static_cast<double>(q) * stats.sum;
       } else if (k <= kRowThreads) {  // each thread has a token at or above the least maximum
-        low = fmaxf(low, block_reduce<kRowWarps>(stats.own_max, Least()));
+        low = block_reduce<kRowWarps>(stats.own_max, Least());
       }
+      low = fmaxf(low, -kLargest);  // logf(0), or a large 1 / scale
       cut = prefix(row, stats.max, rule == kTopP ? scale : 0.0f, target, low);
     }
     if (cut.value == row.cut.value && cut.end == row.cut.end) continue;

@@ -9,7 +9,8 @@
 // tile by tile into a maximum and sums of its own (online softmax); the block joins them in a fixed
 // order. A row that does not begin at a multiple of 16 bytes is read as two aligned vectors for
 // each one, of which the second comes from L1. -inf (a masked token) weighs exactly 0; NaN and +inf
-// make the sum NaN, as does a row of nothing but -inf make (-inf, 0).
+// make the sum NaN, as does a row of nothing but -inf make (-inf, 0). Products round by themselves
+// or are fused in writing: what the compiler would fuse depends on the kernel around.
 //
 // 64 bytes in flight for each of 1024 threads or more are twice what an H200 needs to keep 4.8 TB/s
 // busy (36 bytes a nanosecond and multiprocessor, at 0.8 us).
@@ -137,7 +138,7 @@ struct CappedRow : LogitsRow<T> {
   float cap;
 
   IC_GPU CappedRow(const T* x, int64_t n, float cap) : LogitsRow<T>{x, n}, cap(cap) {}
-  IC_GPU float capped(float x) const { return cap * tanhf(x / cap); }
+  IC_GPU float capped(float x) const { return __fmul_rn(cap, tanhf(x / cap)); }
   IC_GPU float at(int64_t i) const { return capped(LogitsRow<T>::at(i)); }
   IC_GPU void values(uint4 raw, int64_t i, float (&y)[LogitsRow<T>::kItems]) const {
     unpack16<T>(raw, y);
@@ -212,8 +213,8 @@ IC_GPU RowStats softmax_row(const Row& row, float scale) {
   const auto shift_sums = [&](float from, float to) {
     const float step = exp_of.clamp(from - to);
     const float factor = exp_of(step);
-    if constexpr (kDot) of.dot = fmaf(step, of.sum, of.dot) * factor;
-    of.sum *= factor;
+    if constexpr (kDot) of.dot = __fmul_rn(fmaf(step, of.sum, of.dot), factor);
+    of.sum = __fmul_rn(of.sum, factor);
   };
   // Two looks at a tile, each of which unpacks it anew: registers are dearer than instructions
   // here.
@@ -273,11 +274,11 @@ IC_GPU float row_lse(const RowStats& s, float scale) { return fmaf(scale, s.max,
 
 // Both terms are <= 0, so nothing cancels and the sum is never above 0.
 IC_GPU float row_logprob(const RowStats& s, float scale, float y) {
-  return scale * (y - s.max) - logf(s.sum);
+  return fmaf(scale, y - s.max, -logf(s.sum));
 }
 
 IC_GPU float row_entropy(const RowStats& s, float scale) {
-  return logf(s.sum) - scale * (s.dot / s.sum);
+  return fmaf(-scale, s.dot / s.sum, logf(s.sum));
 }
 
 // ---- elementwise passes

@@ -345,9 +345,10 @@ LENGTHS_Q, LENGTHS_K = [5, 0, 1, 70, 12, 3], [5, 4, 0, 70, 300, 1]
 
 
 def packed(dtype=torch.float32, device="cpu", heads=4, kv_heads=2, dim=32, same=False):
-    """q, k, v, cu_seqlens_q, cu_seqlens_k, with a few rows before and after all sequences."""
-    cu_q = torch.tensor([2, *LENGTHS_Q]).cumsum(0)
-    cu_k = cu_q if same else torch.tensor([1, *LENGTHS_K]).cumsum(0)
+    """q, k, v, cu_seqlens_q, cu_seqlens_k, with rows before and after all sequences: before, more
+    than a block of a kernel takes."""
+    cu_q = torch.tensor([130, *LENGTHS_Q]).cumsum(0)
+    cu_k = cu_q if same else torch.tensor([67, *LENGTHS_K]).cumsum(0)
     rows_q, rows_k = int(cu_q[-1]) + 3, int(cu_k[-1]) + 2
     rows_k = rows_q if same else rows_k
     q = torch.randn(rows_q, heads, dim).to(dtype)
@@ -369,6 +370,21 @@ def test_varlen_gradients(device, dtype, name):
     check_gradients(
         q, k, v, options, attention_varlen, attention_varlen_reference, more=(cu_q, cu_k)
     )
+
+
+def test_more_sequences_than_tokens(device, dtype):
+    lengths = torch.zeros(40).int()
+    lengths[[7, 30]] = torch.tensor([1, 2]).int()
+    cu = torch.cat((torch.zeros(1).int(), lengths.cumsum(0).int())).to(device)
+    q, k, v = (torch.randn(3, heads, 64).to(device, dtype) for heads in (4, 2, 2))
+    out = attention_varlen(q, k, v, cu, cu)
+    for begin, end in ((0, 1), (1, 3)):
+        alone = attention(*(x[None, begin:end] for x in (q, k, v)))
+        assert_same_bits(out[begin:end], alone[0])
+    many = torch.randn(2, 600, 2, 64).to(device, dtype)  # keys of several segments
+    cu_k = torch.where(cu >= 1, 600, 0).int()
+    out = attention_varlen(q, *many, cu, cu_k)
+    assert_same_bits(out[:1], attention(q[None, :1], *(x[None] for x in many))[0])
 
 
 def test_varlen_equals_each_sequence_alone(device, dtype):

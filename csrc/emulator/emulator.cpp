@@ -120,7 +120,7 @@ struct Block {
   Barrier barrier;
   std::vector<int> ready;
   unsigned char* shared = nullptr;
-  size_t dynamic_bytes = 0, used_bytes = 0;
+  size_t dynamic_bytes = 0, static_bytes = 0, used_bytes = 0;
   std::map<const void*, Array> static_arrays;  // by their keys
   std::mt19937_64 random;
   Shadow shadow;
@@ -343,6 +343,7 @@ void run_block() {
   block.barrier = {};
   block.warps.assign((block.size + kWarp - 1) / kWarp, {});
   block.used_bytes = (block.dynamic_bytes + 127) / 128 * 128;
+  block.static_bytes = 0;
   block.error.clear();
   block.idle_polls = 0;
   block.launcher_stack = nullptr;
@@ -476,8 +477,11 @@ void* static_shared(const void* key, size_t bytes, size_t alignment) {
     array.offset = (block.used_bytes + kGap + alignment - 1) / alignment * alignment;
     array.bytes = bytes;
     block.used_bytes = array.offset + bytes;
-    if (block.used_bytes > kSharedCapacity)
+    block.static_bytes += bytes;
+    if (block.static_bytes > kMaxStaticSharedBytes)
       fail_block("the SHARED_ARRAYs of a block are too large");
+    if (block.static_bytes + block.dynamic_bytes > kMaxSharedBytes)
+      fail_block("a block's SHARED_ARRAYs and dynamic shared memory are too large together");
     ASAN_UNPOISON_MEMORY_REGION(block.shared + array.offset, bytes);
     block.shadow.resize(block.used_bytes);
   }

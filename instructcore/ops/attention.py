@@ -204,7 +204,7 @@ def _check_heads(
     heads, dim, kv_heads = q.shape[-2], q.shape[-1], k.shape[-2]
     if dim % 8 or not 0 < dim <= MAX_DIM:
         raise ValueError(f"{op}: the head dim must be a multiple of 8 up to {MAX_DIM}, got {dim}")
-    if kv_heads == 0 or heads % kv_heads:
+    if kv_heads == 0 or heads == 0 or heads % kv_heads:
         raise ValueError(f"{op}: q's heads must be a multiple of k's, got {heads} and {kv_heads}")
     check_dtype(op, torch.float32, alibi_slopes=slopes, sinks=sinks)
     if slopes is not None and slopes.shape not in ((heads,), (batch, heads)):
