@@ -89,8 +89,7 @@ struct AdjustedRow : LogitsRow<T> {
       const float presence = a.presence.at(r), frequency = a.frequency.at(r);
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
-        if (count[j] > 0 || prompt[j])
-          y[j] = __fmul_rn(y[j], y[j] > 0.0f ? inverse : repetition);
+        if (count[j] > 0 || prompt[j]) y[j] = __fmul_rn(y[j], y[j] > 0.0f ? inverse : repetition);
         if (count[j] > 0)
           y[j] = y[j] - presence - __fmul_rn(frequency, static_cast<float>(count[j]));
       }
