@@ -81,13 +81,21 @@ IC_INLINE NativeFloat late_half(NativeInt pair) {
 template <Word kWord>
 IC_INLINE NativeFloat multiply_add(NativeInt a, NativeInt b, NativeFloat c) {
   if constexpr (kWord == Word::kFloat) return fma((NativeFloat)a, (NativeFloat)b, c);
-  if constexpr (kWord == Word::kSplit)
-    return fma(early_half(a), early_half(b), fma(late_half(a), late_half(b), c));
 #if defined(__AVX512F__)
-  // Not part of x86-64-v4, hence no intrinsic: has_bfloat16_dot() says whether it may run.
-  asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
-  return c;
+  if constexpr (kWord == Word::kPair) {
+    // Not part of x86-64-v4, hence no intrinsic: pair_word() says whether it may run.
+    asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+    return c;
+  }
 #endif
+  return fma(early_half(a), early_half(b), fma(late_half(a), late_half(b), c));
+}
+
+template <Word kWord>
+IC_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
+  for (int p = 0; p < kParts; ++p)
+    c.part[p] = multiply_add<kWord>((NativeInt)a.part[p], (NativeInt)b.part[p], c.part[p]);
+  return c;
 }
 
 // ---- packing: rows of a tensor become words, padded with 0 ----
