@@ -94,15 +94,16 @@ Plan plan_of(const LinearArgs& g) {
   p.words = ceil_div(g.depth, elements_of(p.word));
   p.block = kLinearBlock / elements_of(p.word);
   p.packed = pairs ? g.depth % 2 != 0 || g.a.row % 2 != 0 : g.a.dtype != Dtype::kFloat32;
-  // b's panels, a's rows where they are packed by columns, and the sums share 1 MB of L2.
+  // Up to 384 KB of L2 for b's panels. The rest of its 1 MB is for the sums of a task's rows, and
+  // in the weights' gradient for a's part too, so that parts there are short.
   constexpr int64_t kWhole = 1024, kPanelWords = 96 * 1024;
-  const int64_t part = by_columns ? 256 : 512;
+  const int64_t part = by_columns ? 128 : 512;
   p.chunk = p.words <= (by_columns ? part : kWhole) ? larger(1, p.words) : part;
-  p.panels = larger(1, smaller(by_columns ? 4 : 8, kPanelWords / (p.chunk * kPanel)));
   const int64_t all_panels = larger(1, ceil_div(g.columns, kPanel));
-  p.panels = smaller(p.panels, all_panels);
+  const int64_t most = by_columns ? 6 : larger(1, smaller(8, kPanelWords / (p.chunk * kPanel)));
+  p.panels = smaller(most, all_panels);
   const int64_t all_rows = round_up(larger(1, g.rows), kTileRows);
-  p.rows = smaller(all_rows, by_columns || !p.whole() ? 192 : 1024);
+  p.rows = smaller(all_rows, by_columns ? 288 : p.whole() ? 1024 : 384);
   const auto tasks = [&] { return ceil_div(all_rows, p.rows) * ceil_div(all_panels, p.panels); };
   const int64_t wanted = g.threads > 1 ? 4 * g.threads : 1;
   while (tasks() < wanted && p.panels > 1) p.panels = (p.panels + 1) / 2;
@@ -148,8 +149,6 @@ class Task {
  private:
   static constexpr int64_t kElements = kPairs ? 2 : 1;
 
-  int64_t panel_columns(int64_t column) const { return smaller(kPanel, end_column_ - column); }
-
   void pack_b(int64_t word) {
     const int64_t k = word * kElements, depth = smaller(words_ * kElements, g_.depth - k);
     float* to = b_;
@@ -191,18 +190,12 @@ class Task {
       const int64_t columns = round_up(smaller(kPanel, end_column_ - j), kLanes);
       for (int64_t k = 0; k == 0 || k < words_; k += plan_.block) {
         const bool fresh = word + k == 0 && !g_.accumulate;
-        const Tile tile{a + k,
-                        b + k * kPanel,
-                        sums + j - column_,
-                        fresh ? nullptr : kOnes,
-                        lda,
-                        kPanel,
-                        ld,
-                        smaller(plan_.block, words_ - k)};
+        Tile tile{a + k, b + k * kPanel, sums + j - column_, fresh ? nullptr : kOnes};
+        tile.lda = lda, tile.ldb = kPanel, tile.ldc = ld;
+        tile.depth = smaller(plan_.block, words_ - k);
         if (g_.form == LinearForm::kWeight) {
-          Tile columns_of_a = tile;
-          columns_of_a.a = a + k * lda;
-          multiply<Layout::kColumns>(plan_.word, columns_of_a, rows, columns);
+          tile.a = a + k * lda;
+          multiply<Layout::kColumns>(plan_.word, tile, rows, columns);
         } else {
           multiply(plan_.word, tile, rows, columns);
         }
@@ -255,30 +248,28 @@ void stream_columns(const LinearArgs& g, const float* a, int64_t lda, Rows<T> b,
   constexpr bool kPairs = kWord != Word::kFloat;
   constexpr int64_t kElements = kPairs ? 2 : 1, kBlock = kLinearBlock / kElements;
   const int64_t n = smaller(kLanes, g.columns - column), words = ceil_div(g.depth, kElements);
+  const T* rows[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) rows[i] = b(i < n ? i : n - 1);
   Vec sum[kRows];
   for (int m = 0; m < kRows; ++m) sum[m] = broadcast(0.0f);
   for (int64_t first = 0; first < words; first += kBlock) {
     const int64_t end = smaller(words, first + kBlock);
     Vec chain[kRows];
     for (int m = 0; m < kRows; ++m) chain[m] = broadcast(0.0f);
+    const auto add = [&](int64_t word, const Vec& x) __attribute__((always_inline)) {
+      for (int m = 0; m < kRows; ++m)
+        chain[m] = multiply_add<kWord>(broadcast(a[m * lda + word]), x, chain[m]);
+    };
     for (int64_t word = first; word < end; word += kLanes) {
-      const int64_t k = word * kElements, left = end - word;
       Vec tile[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i) {
-        const T* from = b(i < n ? i : n - 1) + k;
-        tile[i] = load_words<kPairs>(from, g.depth - k);
-        __builtin_prefetch(from + 16 * kLanes);
-      }
-      transpose(tile);
-      const auto add = [&](int64_t i) __attribute__((always_inline)) {
-        for (int m = 0; m < kRows; ++m)
-          chain[m] = multiply_add<kWord>(broadcast(a[m * lda + word + i]), tile[i], chain[m]);
-      };
-      if (left >= kLanes) {
+      load_columns<kPairs>(rows, n, word * kElements, g.depth, tile);
+      if (end - word >= kLanes) {
 #pragma GCC unroll 16
-        for (int64_t i = 0; i < kLanes; ++i) add(i);
+        for (int64_t i = 0; i < kLanes; ++i) add(word + i, tile[i]);
       } else {
-        for (int64_t i = 0; i < left; ++i) add(i);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kLanes; ++i)
+          if (i < end - word) add(word + i, tile[i]);
       }
     }
     for (int m = 0; m < kRows; ++m) sum[m] = first == 0 ? chain[m] : sum[m] + chain[m];
