@@ -200,9 +200,10 @@ class BackwardTask {
         const int64_t end = smaller(here.end, s_.end_row(key_ + first + step - 1));
         if (end <= begin) continue;
         const int64_t i = begin - here.begin;
-        multiply<true>({weights + i * ld_ + first, from + i * padded, to + first * padded, keep,
-                        ld_, padded, padded, end - begin},
-                       step, padded);
+        multiply<Layout::kColumns>(Word::kFloat,
+                                   {weights + i * ld_ + first, from + i * padded,
+                                    to + first * padded, keep, ld_, padded, padded, end - begin},
+                                   step, padded);
       }
     };
     add(p_, dout_, dout_finite_, grad_v_);
@@ -218,7 +219,8 @@ class BackwardTask {
     for (int64_t m = 0; m < rows; m += step) {
       const Span seen = seen_by(r + m, step);
       if (seen.size() == 0) continue;
-      multiply({dlogit_ + (i + m) * ld_ + seen.begin, keys_ + seen.begin * padded, to + m * padded,
+      multiply(Word::kFloat,
+               {dlogit_ + (i + m) * ld_ + seen.begin, keys_ + seen.begin * padded, to + m * padded,
                 keep, ld_, padded, padded, seen.size()},
                step, padded);
     }

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "attention.h"
-#include "simd.h"
+#include "tile.h"
 
 namespace ic::IC_ISA {
 namespace {
@@ -112,25 +112,13 @@ bool pack_rows_of(const Rows& rows, int64_t first, int64_t n, int64_t dim, float
   return reduce_add(check) == 0.0f;
 }
 
-// Keys as lanes: panels of 64 keys, each (dim, 64). Lanes past n, up to a whole vector, are 0.
-constexpr int64_t kPanel = 64;
-
+// Keys as columns, for multiply.
 template <class T>
 void pack_columns_of(const Rows& rows, int64_t first, int64_t n, int64_t dim, float* to) {
-  for (int64_t i0 = 0; i0 < n; i0 += kLanes) {
-    const T* from[kLanes];
-    for (int64_t i = 0; i < kLanes; ++i)
-      from[i] = reinterpret_cast<const T*>(rows.at(first + smaller(i0 + i, n - 1)));
-    float* panel = to + i0 / kPanel * kPanel * dim + i0 % kPanel;
-    for (int64_t d = 0; d < dim; d += kLanes) {
-      const int64_t depth = smaller(kLanes, dim - d);
-      Vec tile[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i) tile[i] = load_some(from[i] + d, depth);
-      for (int64_t i = n - i0; i < kLanes; ++i) tile[i] = broadcast(0.0f);
-      transpose(tile);
-      for (int64_t i = 0; i < depth; ++i) store(panel + (d + i) * kPanel, tile[i]);
-    }
-  }
+  pack_columns<false>(
+      [&](int64_t i)
+          __attribute__((always_inline)) { return reinterpret_cast<const T*>(rows.at(first + i)); },
+      n, dim, to);
 }
 
 bool pack_rows(Dtype dtype, const Rows& rows, int64_t first, int64_t n, int64_t dim, float factor,
@@ -191,99 +179,7 @@ void clear_tokens(const AttentionTensor& t, Dtype dtype, int64_t heads, int64_t 
                        dim * size);
 }
 
-// ---- the product: c[m][j] = keep[m] c[m][j] + sum over k of a(m, k) b[k][j] ----
-//
-// Every sum is one chain over k, from 0, so an element's bits do not depend on the tile it falls
-// into. kTileRows x kTileParts accumulators of a native vector fill the register file.
-
-#if defined(__x86_64__) && !defined(__AVX2__)
-constexpr int kTileRows = 3, kTileVecs = 1;
-#elif defined(__AVX512F__)
-constexpr int kTileRows = 6, kTileVecs = 4;
-#else
-constexpr int kTileRows = 6, kTileVecs = 1;
-#endif
-
-struct Tile {
-  const float *a, *b;
-  float* c;
-  const float* keep;  // (rows,); null: c is only written
-  int64_t lda, ldb, ldc, depth;
-};
-
-// kColumns: a(m, k) = a[k * lda + m], else a[m * lda + k].
-template <int kRows, int kVecs, bool kColumns>
-__attribute__((noinline)) void multiply_tile(const Tile& t) noexcept {
-  constexpr int kWide = kVecs * kParts;
-  NativeFloat sum[kRows][kWide];
-  const float *a = t.a, *b = t.b;
-#pragma GCC unroll 8
-  for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 8
-    for (int j = 0; j < kWide; ++j) sum[m][j] = NativeFloat{};
-  for (int64_t k = 0; k < t.depth; ++k) {
-    NativeFloat x[kWide];
-#pragma GCC unroll 8
-    for (int j = 0; j < kWide; ++j) __builtin_memcpy(&x[j], b + kNativeLanes * j, sizeof x[j]);
-#pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) {
-      const NativeFloat y = (kColumns ? a[m] : a[m * t.lda]) - NativeFloat{};
-#pragma GCC unroll 8
-      for (int j = 0; j < kWide; ++j) sum[m][j] = fma(y, x[j], sum[m][j]);
-    }
-    a += kColumns ? t.lda : 1;
-    b += t.ldb;
-  }
-  if (t.keep) {
-#pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) {
-      const NativeFloat keep = t.keep[m] - NativeFloat{};
-#pragma GCC unroll 8
-      for (int j = 0; j < kWide; ++j) {
-        NativeFloat before;
-        __builtin_memcpy(&before, t.c + m * t.ldc + kNativeLanes * j, sizeof before);
-        sum[m][j] = fma(before, keep, sum[m][j]);
-      }
-    }
-  }
-#pragma GCC unroll 8
-  for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 8
-    for (int j = 0; j < kWide; ++j)
-      __builtin_memcpy(t.c + m * t.ldc + kNativeLanes * j, &sum[m][j], sizeof sum[m][j]);
-}
-
-template <bool kColumns>
-struct TileTable {
-  void (*at[kTileRows][kTileVecs])(const Tile&) noexcept;
-
-  constexpr TileTable() : at{} { fill<1, 1>(); }
-
- private:
-  template <int kRows, int kVecs>
-  constexpr void fill() {
-    at[kRows - 1][kVecs - 1] = multiply_tile<kRows, kVecs, kColumns>;
-    if constexpr (kVecs < kTileVecs) {
-      fill<kRows, kVecs + 1>();
-    } else if constexpr (kRows < kTileRows) {
-      fill<kRows + 1, 1>();
-    }
-  }
-};
-template <bool kColumns>
-constexpr TileTable<kColumns> kTiles;
-
-// `rows` at most kTileRows, `columns` a multiple of 16.
-template <bool kColumns = false>
-IC_INLINE void multiply(Tile t, int64_t rows, int64_t columns) {
-  for (int64_t left = columns / kLanes; left > 0; left -= kTileVecs) {
-    kTiles<kColumns>.at[rows - 1][smaller(left, kTileVecs) - 1](t);
-    t.b += kTileVecs * kLanes;
-    t.c += kTileVecs * kLanes;
-  }
-}
-
-constexpr float kOnes[kLanes] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+// ---- products ----
 
 // Dot products over the head dim are chains of kDepth terms, added up: half the rounding error of
 // one chain.
@@ -297,7 +193,8 @@ IC_INLINE void multiply_columns(const float* q, int64_t ldq, const float* column
     const int64_t end = smaller(v1, (v / kVecs + 1) * kVecs);
     const float* panel = columns + v / kVecs * kPanel * dim + v % kVecs * kLanes;
     for (int64_t d = 0; d < dim; d += kDepth)
-      multiply({q + d, panel + d * kPanel, to + v * kLanes, d > 0 ? kOnes : nullptr, ldq, kPanel,
+      multiply(Word::kFloat,
+               {q + d, panel + d * kPanel, to + v * kLanes, d > 0 ? kOnes : nullptr, ldq, kPanel,
                 ld, smaller(kDepth, dim - d)},
                rows, (end - v) * kLanes);
     v = end;

@@ -146,7 +146,8 @@ class ForwardTask {
     }
     const bool fresh = s_.first_seen(r) >= key;  // nothing was added to these rows before
     if (finite) {
-      multiply({logits_ + a, values_ + a * padded, out_ + i * padded, fresh ? nullptr : keep,
+      multiply(Word::kFloat,
+               {logits_ + a, values_ + a * padded, out_ + i * padded, fresh ? nullptr : keep,
                 plan_.keys, padded, padded, z - a},
                rows, padded);
       return;
@@ -157,7 +158,8 @@ class ForwardTask {
       const int64_t row_a = larger(0, s_.first_seen(r + m) - key);
       const int64_t row_z = smaller(n_keys, s_.end_seen(r + m) - key);
       if (row_z <= row_a) continue;
-      multiply({logits_ + m * plan_.keys + row_a, values_ + row_a * padded, out_ + (i + m) * padded,
+      multiply(Word::kFloat,
+               {logits_ + m * plan_.keys + row_a, values_ + row_a * padded, out_ + (i + m) * padded,
                 keep + m, plan_.keys, padded, padded, row_z - row_a},
                1, padded);
     }
