@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .activation import gelu, gelu_reference, swiglu, swiglu_reference
 from .attention import (
     attention,
     attention_paged_,
@@ -41,6 +42,8 @@ __all__ = [
     "cross_entropy_reference",
     "gae",
     "gae_reference",
+    "gelu",
+    "gelu_reference",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
     "linear_token_logprobs",
@@ -51,6 +54,8 @@ __all__ = [
     "ppo_loss_reference",
     "sample",
     "sample_reference",
+    "swiglu",
+    "swiglu_reference",
     "token_logprobs",
     "token_logprobs_reference",
     "whiten_advantages",
