@@ -7,6 +7,7 @@
 
 #include <type_traits>
 
+#include "activation.h"
 #include "attention.h"
 #include "cross_entropy.h"
 #include "device.h"
@@ -154,6 +155,23 @@ py::list isa_levels() {
   IC_ISA_LEVELS(IC_LEVEL)
 #undef IC_LEVEL
   return names;
+}
+
+// ---- activation ----
+
+void activation(TensorView x, OptionalView grad, TensorView out, bool gated, int threads) {
+  const ic::ActivationArgs args{x.raw(),
+                                grad ? grad->raw() : nullptr,
+                                out.raw(),
+                                x.size(0),
+                                x.size(1) / (gated ? 2 : 1),
+                                x.stride(0),
+                                stride_or_zero(grad, 0),
+                                out.stride(0),
+                                gated,
+                                x.dtype(),
+                                threads};
+  run("activation", x, ic::activation_cpu, nullptr, args);
 }
 
 // ---- attention ----
@@ -737,6 +755,9 @@ PYBIND11_MODULE(_C, m) {
 #ifdef IC_EMULATED
   m.def("set_schedule", &set_schedule, py::arg("order"), py::arg("arrival"), py::arg("seed"));
 #endif
+
+  m.def("activation", &activation, py::arg("x"), py::arg("grad"), py::arg("out"), py::arg("gated"),
+        py::arg("threads"));
 
   m.def("attention_plan", &attention_plan, py::arg("dim"));
   m.def("attention_workspace", &attention_workspace, py::arg("q"), py::arg("k"),

@@ -468,6 +468,19 @@ IC_INLINE Vec exp_normal(Vec x) {
   return select(x < broadcast(-87.0f), broadcast(0.0f), q * power);
 }
 
+struct Shares {
+  Vec first, second;
+};
+
+// 1 / (1 + e^-x) and 1 / (1 + e^x), which sum to 1: the smaller one keeps its digits. NaN stays.
+IC_INLINE Shares sigmoid(Vec x) {
+  const VecInt sign = broadcast_int(INT32_MIN);
+  const Vec power = exp_normal(from_bits(bits(x) | sign)), one = broadcast(1.0f);
+  const Vec large = one / (one + power), small = power * large;
+  const Mask below = x < broadcast(0.0f);
+  return {select(below, small, large), select(below, large, small)};
+}
+
 // ln(2^exponent m), f = m - 1. With s = f / (m + 1): ln m = 2 atanh(s), its series to s^9.
 IC_INLINE Vec log_of_parts(VecInt exponent, Vec m, Vec f) {
   const Vec s = f / (m + broadcast(1.0f));

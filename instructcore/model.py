@@ -125,28 +125,6 @@ class _AddNorm(torch.autograd.Function):
         return grad_total, grad_total.to(ctx.branch_dtype), grad_weight, None, None
 
 
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up of (N, 2F) = [gate, up]; the gradient is written straight into its halves."""
-
-    @staticmethod
-    def forward(ctx, gate_up):
-        gate, up = gate_up.chunk(2, -1)
-        active = F.silu(gate)
-        ctx.save_for_backward(gate_up, active)
-        return active * up
-
-    @staticmethod
-    def backward(ctx, grad):
-        gate_up, active = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, -1)
-        out = torch.empty_like(gate_up)
-        grad_gate, grad_up = out.chunk(2, -1)
-        torch.mul(grad, active, out=grad_up)
-        torch.mul(grad, up, out=grad_gate)
-        torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
-        return out
-
-
 def _rotate(x: Tensor, turn: Tensor, out: Tensor) -> None:
     """out = x times the unit complex numbers `turn` (N, 1, D/2), pairs being neighbours in D."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
@@ -446,7 +424,7 @@ class GPT(nn.Module):
             branch = F.linear(y, cast(block.out), cast(block.out_bias))
             x, y = self._add_norm(x, branch, block.norm2, block.norm2_bias)
             y = F.linear(y, cast(block.up), cast(block.up_bias))
-            y = _SwiGLU.apply(y) if config.family != "gpt2" else F.gelu(y, approximate="tanh")
+            y = ops.swiglu(y) if config.family != "gpt2" else ops.gelu(y)
             branch = F.linear(y, cast(block.down), cast(block.down_bias))
         return self._add_norm(x, branch, self.norm, self.norm_bias)[1]
 

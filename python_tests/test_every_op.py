@@ -52,6 +52,16 @@ def attention_paged_(device):
     return named | {"k_new": k, "v_new": v}, {}
 
 
+def swiglu(device):
+    (gate_up,) = tensors(device, (N, 2 * 259))
+    return {"gate_up": gate_up}, {}
+
+
+def gelu(device):
+    (x,) = tensors(device, (N, 259), dtype=torch.float32)
+    return {"x": x}, {}
+
+
 def cross_entropy(device):
     (logits,) = tensors(device, (N, V))
     return {"logits": logits, "targets": torch.randint(V, (N,), device=device)}, {
@@ -104,6 +114,7 @@ def sample(device):
 
 
 CASES = {
+    "activation": [swiglu, gelu],
     "attention": [attention, attention_float32, attention_varlen, attention_paged_],
     "cross_entropy": [cross_entropy, linear_cross_entropy],
     "token_logprobs": [token_logprobs, linear_token_logprobs],

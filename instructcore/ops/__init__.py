@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .activation import gelu, gelu_reference, swiglu, swiglu_reference
 from .attention import (
     attention,
     attention_paged_,
@@ -42,6 +43,8 @@ __all__ = [
     "cross_entropy_reference",
     "gae",
     "gae_reference",
+    "gelu",
+    "gelu_reference",
     "linear",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
@@ -54,6 +57,8 @@ __all__ = [
     "ppo_loss_reference",
     "sample",
     "sample_reference",
+    "swiglu",
+    "swiglu_reference",
     "token_logprobs",
     "token_logprobs_reference",
     "whiten_advantages",
