@@ -262,10 +262,10 @@ void stream_columns(const LinearArgs& g, const float* a, int64_t lda, Rows<T> b,
       Vec tile[kLanes];
       load_columns<kPairs>(rows, n, word * kElements, g.depth, tile);
       if (end - word >= kLanes) {
-#pragma GCC unroll 16
+        IC_UNROLL_COLUMNS
         for (int64_t i = 0; i < kLanes; ++i) add(word + i, tile[i]);
       } else {
-#pragma GCC unroll 16
+        IC_UNROLL_COLUMNS
         for (int64_t i = 0; i < kLanes; ++i)
           if (i < end - word) add(word + i, tile[i]);
       }
