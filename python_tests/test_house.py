@@ -10,13 +10,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh"))
 OPS = sorted(p.stem for p in (ROOT / "instructcore" / "ops").glob("[!_]*.py"))
-# The linear forms are torch GEMMs around the kernels of the op they are named after.
+# The linear forms are GEMMs around the kernels of the op they are named after.
 KERNEL_OF = {
     "linear_cross_entropy": "cross_entropy",
     "linear_token_logprobs": "token_logprobs",
 }
 # On a GPU these are torch's own functions.
-ON_CUDA_BY_TORCH = {"activation"}
+ON_CUDA_BY_TORCH = {"activation", "linear"}
 
 
 def test_no_torch_header():
