@@ -20,7 +20,7 @@ namespace ic::IC_ISA {
 enum class Word : int { kFloat, kPair, kSplit };
 
 // Elements in a word, along the sum.
-IC_INLINE int64_t elements_of(Word word) { return word == Word::kFloat ? 1 : 2; }
+constexpr int64_t elements_of(Word word) { return word == Word::kFloat ? 1 : 2; }
 
 // The word for pairs of bfloat16 here.
 IC_INLINE Word pair_word() {
@@ -88,6 +88,13 @@ IC_INLINE NativeFloat multiply_add(NativeInt a, NativeInt b, NativeFloat c) {
   asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
   return c;
 #endif
+}
+
+template <Word kWord>
+IC_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
+  for (int p = 0; p < kParts; ++p)
+    c.part[p] = multiply_add<kWord>((NativeInt)a.part[p], (NativeInt)b.part[p], c.part[p]);
+  return c;
 }
 
 // ---- packing: rows of a tensor become words, padded with 0 ----
