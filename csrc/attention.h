@@ -147,7 +147,7 @@ constexpr AttentionPlan attention_plan(int64_t dim) {
   AttentionPlan p{};
   p.padded = (dim + 15) / 16 * 16;
   p.keys = 256;
-  p.rows = p.padded <= 64 ? 384 : 24576 / p.padded / 48 * 48;
+  p.rows = p.padded <= 64 ? 768 : 49152 / p.padded / 48 * 48;
   p.back_rows = 96;
   p.back_keys = p.padded <= 64 ? 256 : 16384 / p.padded / 32 * 32;
   // keys transposed, values; queries, outputs, row sums and maxima; a tile of logits and weights

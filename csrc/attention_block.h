@@ -65,6 +65,10 @@ struct Rows {
     if (group == 1) return base + row * token;
     return base + r / group * token + r % group * head;
   }
+  IC_INLINE void prefetch(int64_t row, int64_t bytes) const {
+    const char* from = at(row);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+  }
 };
 
 IC_INLINE int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
@@ -174,6 +178,7 @@ void pack_keys(Dtype dtype, const Rows& rows, int64_t first, int64_t n, int64_t 
   with_element<kWord>(dtype, [&](auto* element) __attribute__((always_inline)) {
     pack_columns<kWord != Word::kFloat>(
         [&](int64_t i) __attribute__((always_inline)) {
+          if (i + kLanes < n) rows.prefetch(first + i + kLanes, dim * sizeof *element);
           return reinterpret_cast<decltype(element)>(rows.at(first + i));
         },
         n, dim, to);
@@ -189,6 +194,7 @@ void pack_keys(Dtype dtype, const Rows& rows, int64_t first, int64_t n, int64_t 
 template <Word kWord>
 bool pack_values(Dtype dtype, const Rows& rows, int64_t base, int64_t begin, int64_t end,
                  int64_t dim, float* to, int64_t ld) {
+  constexpr int64_t kAhead = 8;  // rows
   Vec check = broadcast(0.0f);
   const auto put = [&](Vec words, float* at) __attribute__((always_inline)) {
     store(at, words);
@@ -198,12 +204,17 @@ bool pack_values(Dtype dtype, const Rows& rows, int64_t base, int64_t begin, int
     using T = decltype(element);
     if constexpr (kWord == Word::kFloat) {
       for (int64_t i = begin; i < end; ++i, to += ld) {
+        if (i + kAhead < end) rows.prefetch(i + kAhead, dim * sizeof *element);
         const T from = reinterpret_cast<T>(rows.at(i));
         for (int64_t d = 0; d < dim; d += kLanes) put(load_words<false>(from + d, dim - d), to + d);
       }
     } else {
       const BFloat16 zeros[kAttentionMaxDim] = {};
       for (int64_t i = begin - (begin - base) % 2; i < end; i += 2, to += ld) {
+        if (i + kAhead + 1 < end) {
+          rows.prefetch(i + kAhead, dim * sizeof *element);
+          rows.prefetch(i + kAhead + 1, dim * sizeof *element);
+        }
         const BFloat16* early = i < begin ? zeros : reinterpret_cast<const BFloat16*>(rows.at(i));
         const BFloat16* late = i + 1 < end ? reinterpret_cast<const BFloat16*>(rows.at(i + 1)) : zeros;
         for (int64_t d = 0; d < dim; d += kLanes) put(interleave(early + d, late + d, dim - d), to + d);
@@ -335,9 +346,11 @@ IC_INLINE Vec logits_of(Vec x, const Logits& l, int64_t position, int64_t key, V
   return x - broadcast(l.slope) * far;
 }
 
-IC_INLINE float exponential(float x) {
-  return lanes_of(exp2_of_product(broadcast(x), broadcast(kLog2E)))[0];
-}
+IC_INLINE float exponential(float x) { return lanes_of(exp2_normal(broadcast(x * kLog2E)))[0]; }
+
+// Weights that become bfloat16 need no more.
+template <Word kWord>
+constexpr int kExpDegree = kWord == Word::kFloat ? 6 : 4;
 
 IC_INLINE bool plain_logits(const AttentionArgs& a) { return !(a.softcap > 0) && !a.slopes; }
 

@@ -11,26 +11,10 @@
 namespace ic::IC_ISA {
 namespace {
 
-// The logits s of vectors v0 .. v1 - 1, both even, become exponentials against the largest so far
-// of what the row sees, keys a .. z - 1, and 0 elsewhere: words p, with their sums, lane by lane,
-// joined to `sums`. `log2_scale` takes a difference of logits to a power of two. Returns the factor
-// that takes what was summed before to the new maximum.
-template <Word kWord>
-IC_INLINE float softmax_row(float* s, float* p, int64_t v0, int64_t v1, int64_t a, int64_t z,
-                            float log2_scale, float* maximum, float* sums) {
-  const Vec lowest = broadcast(-__builtin_inff()), c = broadcast(log2_scale);
-  const auto put = [p](int64_t v, Vec first, Vec second) __attribute__((always_inline)) {
-    if constexpr (kWord == Word::kFloat) {
-      store(p + v * kLanes, first);
-      store(p + (v + 1) * kLanes, second);
-    } else {
-      store_neighbours<kWord>(p + v / 2 * kLanes, first, second);
-    }
-  };
-  if (z <= a) {
-    for (int64_t v = v0; v < v1; v += 2) put(v, broadcast(0.0f), broadcast(0.0f));
-    return 1.0f;
-  }
+// The largest of the logits s that a row sees, keys a .. z - 1. In vectors v0 .. v1 - 1, both even,
+// all others become -inf.
+IC_INLINE float hide_and_find_maximum(float* s, int64_t v0, int64_t v1, int64_t a, int64_t z) {
+  const Vec lowest = broadcast(-__builtin_inff());
   const auto hide = [&](int64_t v) __attribute__((always_inline)) {
     store(s + v * kLanes, where_seen(v, a, z, load(s + v * kLanes), lowest));
   };
@@ -41,23 +25,29 @@ IC_INLINE float softmax_row(float* s, float* p, int64_t v0, int64_t v1, int64_t 
     top = max(load(s + v * kLanes), top);
     other = max(load(s + (v + 1) * kLanes), other);
   }
-  const float before = *maximum, here = reduce_max(max(top, other));
-  const float now = here > before ? here : before;
-  *maximum = now;
-  const Vec now_all = broadcast(now);
+  return reduce_max(max(top, other));
+}
+
+// The weights of vectors v0 .. v1 - 1, both even: powers of two of log2_scale (s - maximum), as
+// words. Returns their sums, lane by lane.
+template <Word kWord>
+IC_INLINE Vec weights_of(const float* s, int64_t v0, int64_t v1, float maximum, float log2_scale,
+                         float* words) {
+  const Vec top = broadcast(maximum), c = broadcast(log2_scale);
   Vec sum = broadcast(0.0f), other_sum = sum;
   for (int64_t v = v0; v < v1; v += 2) {
-    const Vec first = exp2_of_product(load(s + v * kLanes) - now_all, c);
-    const Vec second = exp2_of_product(load(s + (v + 1) * kLanes) - now_all, c);
-    put(v, first, second);
+    const Vec first = exp2_normal<kExpDegree<kWord>>((load(s + v * kLanes) - top) * c);
+    const Vec second = exp2_normal<kExpDegree<kWord>>((load(s + (v + 1) * kLanes) - top) * c);
+    if constexpr (kWord == Word::kFloat) {
+      store(words + v * kLanes, first);
+      store(words + (v + 1) * kLanes, second);
+    } else {
+      store_neighbours<kWord>(words + v / 2 * kLanes, first, second);
+    }
     sum = sum + first;
     other_sum = other_sum + second;
   }
-  const float keep = before == now           ? 1.0f
-                     : before < -__FLT_MAX__ ? 0.0f
-                                             : lanes_of(exp2_of_product(broadcast(before - now), c))[0];
-  store(sums, fma(load(sums), broadcast(keep), sum + other_sum));
-  return keep;
+  return sum + other_sum;
 }
 
 // x (D) turned by the angles of a position, each product rounded as in plain torch.
@@ -104,6 +94,7 @@ class ForwardTask {
     q_row_ = round_up(words_, kLanes);
     plain_ = plain_logits(a_);
     log2_scale_ = plain_ ? __builtin_fabsf(a_.scale) * kLog2E : kLog2E;
+    if (log2_scale_ < __FLT_MIN__) log2_scale_ = __FLT_MIN__;  // a hidden logit, -inf, stays that
   }
 
   // Rows begin .. end - 1.
@@ -161,14 +152,28 @@ class ForwardTask {
     const int64_t v0 = tile.begin / kLanes, v1 = (tile.end + kLanes - 1) / kLanes;
     const int64_t padded = plan_.padded, keys = plan_.keys, ld = words_of(kWord, keys);
     multiply_columns(kWord, q_ + i * q_row_, q_row_, columns_, words_, rows, v0, v1, logits_, keys);
-    float keep[kTileRows];
+    const int64_t w0 = v0 & ~1, w1 = (v1 + 1) & ~1;
+    float maximum[kTileRows], keep[kTileRows];
     for (int64_t m = 0; m < rows; ++m) {
       const Span seen = seen_by(r + m, key, n_keys);
       float* logits = logits_ + m * keys;
       if (!plain_) to_logits(logits, v0, v1, r + m, key);
-      keep[m] = softmax_row<kWord>(logits, weights_ + m * ld, v0 & ~1, (v1 + 1) & ~1, seen.begin,
-                                   seen.end, log2_scale_, maximum_ + i + m,
-                                   sums_ + (i + m) * kLanes);
+      maximum[m] = hide_and_find_maximum(logits, w0, w1, seen.begin, seen.end);
+    }
+    for (int64_t m = 0; m < rows; ++m) {
+      const float before = maximum_[i + m], now = maximum[m] > before ? maximum[m] : before;
+      maximum_[i + m] = now;
+      keep[m] = before == now
+                    ? 1.0f
+                    : lanes_of(exp2_normal(broadcast((before - now) * log2_scale_)))[0];
+    }
+    for (int64_t m = 0; m < rows; ++m) {
+      // Without a key so far there may be no maximum: any number serves, the weights are 0.
+      const bool blind = seen_by(r + m, key, n_keys).size() == 0;
+      const Vec sum = weights_of<kWord>(logits_ + m * keys, w0, w1, blind ? 0.0f : maximum_[i + m],
+                                        log2_scale_, weights_ + m * ld);
+      float* sums = sums_ + (i + m) * kLanes;
+      store(sums, fma(load(sums), broadcast(keep[m]), sum));
     }
     const bool fresh = s_.first_seen(r) >= key;  // nothing was added to these rows before
     if (finite_) {

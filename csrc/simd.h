@@ -75,11 +75,6 @@ IC_BINARY(VecInt, Mask, <)
 IC_BINARY(VecInt, Mask, ==)
 #undef IC_BINARY
 
-IC_INLINE Vec operator-(Vec a) {
-  IC_EACH_PART a.part[p] = -a.part[p];
-  return a;
-}
-
 IC_INLINE Vec broadcast(float x) {
   Vec r;
   IC_EACH_PART r.part[p] =
@@ -427,29 +422,32 @@ IC_INLINE Vec exp(Vec x) {
          from_bits(shift_left(exponent - half + bias, 23));
 }
 
-// 2^(x c), rounded as if x c were exact, for products up to 127; 0 where it would not be a normal
-// number (below -126). At half of exp's cost: one step of reduction, a polynomial of degree 6 fitted
-// for the least relative error (2e-9) on [-1/2, 1/2]. 2^0 is exactly 1, NaN stays.
-IC_INLINE Vec exp2_of_product(Vec x, Vec c) {
+// 2^x for x up to 127; 0 where it would not be a normal number (below -126). The polynomial of
+// kDegree 4 or 6 is fitted for the least relative error (3e-6 or 2e-9) on [-1/2, 1/2]. 2^0 is
+// exactly 1, NaN stays.
+template <int kDegree = 6>
+IC_INLINE Vec exp2_normal(Vec x) {
   const Vec round = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Vec shifted = fma(x, c, round);
+  const Vec shifted = x + round;
   const Vec n = shifted - round;
-  const Vec f = fma(x, c, -n);
-  Vec q = broadcast(0x1.41fbbcp-13f);
-  q = fma(q, f, broadcast(0x1.5f3e54p-10f));
-  q = fma(q, f, broadcast(0x1.3b2d4cp-7f));
-  q = fma(q, f, broadcast(0x1.c6aee8p-5f));
-  q = fma(q, f, broadcast(0x1.ebfbdcp-3f));
-  q = fma(q, f, broadcast(0x1.62e430p-1f));
+  const Vec f = x - n;
+  Vec q;
+  if constexpr (kDegree == 4) {
+    q = broadcast(0x1.3a02ccp-7f);
+    q = fma(q, f, broadcast(0x1.c9fc46p-5f));
+    q = fma(q, f, broadcast(0x1.ec0378p-3f));
+    q = fma(q, f, broadcast(0x1.62e12cp-1f));
+  } else {
+    q = broadcast(0x1.41fbbcp-13f);
+    q = fma(q, f, broadcast(0x1.5f3e54p-10f));
+    q = fma(q, f, broadcast(0x1.3b2d4cp-7f));
+    q = fma(q, f, broadcast(0x1.c6aee8p-5f));
+    q = fma(q, f, broadcast(0x1.ebfbdcp-3f));
+    q = fma(q, f, broadcast(0x1.62e430p-1f));
+  }
   q = fma(q, f, broadcast(1.0f));
-#if defined(__AVX512F__)
-  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)n.part[0], _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
-  q.part[0] = (NativeFloat)_mm512_maskz_scalef_ps(normal, (__m512)q.part[0], (__m512)n.part[0]);
-  return q;
-#else
   const Vec power = from_bits(shift_left(bits(shifted), 23) + broadcast_int(0x3f800000));
   return select(n < broadcast(-126.0f), broadcast(0.0f), q * power);
-#endif
 }
 inline constexpr float kLog2E = 0x1.715476p+0f;
 

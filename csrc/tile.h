@@ -163,7 +163,7 @@ IC_INLINE void pack_columns(const RowOf& row, int64_t n, int64_t depth, float* t
       Vec tile[kLanes];
       for (int64_t i = 0; i < kLanes; ++i) {
         tile[i] = load_words<kPairs>(from[i] + k, depth - k);
-        __builtin_prefetch(from[i] + k + 2 * kStep);
+        if (k + 2 * kStep < depth) __builtin_prefetch(from[i] + k + 2 * kStep);
       }
       for (int64_t i = n - i0; i < kLanes; ++i) tile[i] = broadcast(0.0f);
       transpose(tile);
