@@ -15,6 +15,7 @@
 #endif
 #include "gae.h"
 #include "isa.h"
+#include "linear.h"
 #include "ppo_advantage.h"
 #include "ppo_loss.h"
 #include "sample.h"
@@ -470,6 +471,51 @@ void gae(TensorView rewards, TensorView values, OptionalView mask, OptionalView 
   run("gae", rewards, ic::gae_cpu, CUDA_KERNEL(gae_cuda), args);
 }
 
+// ---- linear ----
+
+ic::LinearMatrix linear_matrix(const TensorView& t) { return {t.raw(), t.stride(0), t.dtype()}; }
+
+void linear(ic::LinearForm form, const TensorView& a, const TensorView& b, const OptionalView& bias,
+            const TensorView& c, bool accumulate, int threads) {
+  ic::LinearArgs args{};
+  args.form = form;
+  args.a = linear_matrix(a);
+  args.b = linear_matrix(b);
+  args.c = linear_matrix(c);
+  args.rows = c.size(0);
+  args.columns = c.size(1);
+  args.depth = b.size(form == ic::LinearForm::kForward ? 1 : 0);
+  args.bias = bias ? bias->raw() : nullptr;
+  args.bias_dtype = bias ? bias->dtype() : ic::Dtype::kFloat32;
+  args.accumulate = accumulate;
+  args.threads = threads;
+  run("linear", c, ic::linear_cpu, nullptr, args);
+}
+
+// y = x W^T + bias
+void linear_forward(TensorView x, TensorView weight, OptionalView bias, TensorView y, int threads) {
+  linear(ic::LinearForm::kForward, x, weight, bias, y, false, threads);
+}
+
+// dx = dy W
+void linear_input(TensorView grad, TensorView weight, TensorView grad_x, int threads) {
+  linear(ic::LinearForm::kInput, grad, weight, std::nullopt, grad_x, false, threads);
+}
+
+// dW = dy^T x, or dW += dy^T x of a float32 dW
+void linear_weight(TensorView grad, TensorView x, TensorView grad_weight, bool accumulate,
+                   int threads) {
+  linear(ic::LinearForm::kWeight, grad, x, std::nullopt, grad_weight, accumulate, threads);
+}
+
+// db = the sum of dy's rows, or db += that of a float32 db
+void linear_bias(TensorView grad, TensorView grad_bias, bool accumulate, int threads) {
+  const ic::LinearBiasArgs args{
+      linear_matrix(grad), grad_bias.raw(), grad_bias.dtype(), grad.size(0), grad.size(1),
+      accumulate,          threads};
+  run("linear", grad, ic::linear_bias_cpu, nullptr, args);
+}
+
 // ---- ppo_advantage ----
 
 int64_t ppo_advantage_workspace(TensorView logprobs, OptionalView cu_seqlens) {
@@ -732,6 +778,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("gae", &gae, py::arg("rewards"), py::arg("values"), py::arg("mask"), py::arg("cu_seqlens"),
         py::arg("dones"), py::arg("bootstrap"), py::arg("advantages"), py::arg("returns"),
         py::arg("workspace"), py::arg("gamma"), py::arg("lambda_"), py::arg("threads"));
+
+  m.def("linear_forward", &linear_forward, py::arg("x"), py::arg("weight"), py::arg("bias"),
+        py::arg("y"), py::arg("threads"));
+  m.def("linear_input", &linear_input, py::arg("grad"), py::arg("weight"), py::arg("grad_x"),
+        py::arg("threads"));
+  m.def("linear_weight", &linear_weight, py::arg("grad"), py::arg("x"), py::arg("grad_weight"),
+        py::arg("accumulate"), py::arg("threads"));
+  m.def("linear_bias", &linear_bias, py::arg("grad"), py::arg("grad_bias"), py::arg("accumulate"),
+        py::arg("threads"));
 
   m.def("ppo_advantage_workspace", &ppo_advantage_workspace, py::arg("logprobs"),
         py::arg("cu_seqlens"));

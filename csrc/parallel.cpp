@@ -1,11 +1,15 @@
 #include "parallel.h"
 
 #include <pthread.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <cstdlib>
+#include <memory>
 #include <mutex>
+#include <new>
 #include <thread>
 
 namespace ic {
@@ -103,6 +107,26 @@ void parallel_range(int64_t n, int64_t grain, int threads, RangeFunction f, void
   Job job{f, context, n, std::max<int64_t>(1, grain)};
   const int64_t pieces = (n + job.grain - 1) / job.grain;
   get_pool().run(job, static_cast<int>(std::min<int64_t>(threads, pieces) - 1));
+}
+
+float* scratch(int64_t floats) {
+  struct Free {
+    void operator()(float* memory) const { std::free(memory); }
+  };
+  static thread_local std::unique_ptr<float, Free> memory;
+  static thread_local size_t size = 0;
+  constexpr size_t kPage = size_t{2} << 20;
+  const size_t bytes = static_cast<size_t>(floats) * sizeof(float);
+  if (bytes > size) {
+    const size_t rounded = (bytes + kPage - 1) / kPage * kPage;
+    size = 0;
+    memory.reset();
+    memory.reset(static_cast<float*>(std::aligned_alloc(kPage, rounded)));
+    if (!memory) throw std::bad_alloc();
+    (void)madvise(memory.get(), rounded, MADV_HUGEPAGE);
+    size = rounded;
+  }
+  return memory.get();
 }
 
 }  // namespace ic

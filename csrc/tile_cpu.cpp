@@ -48,16 +48,10 @@ void multiply_tile(const Tile& t) noexcept {
       __builtin_memcpy(t.c + m * t.ldc + kNativeLanes * j, &sum[m][j], sizeof sum[m][j]);
 }
 
-#if defined(__AVX512F__)
-constexpr Word kWords[] = {Word::kFloat, Word::kPair, Word::kSplit};
-#else
-constexpr Word kWords[] = {Word::kFloat, Word::kSplit, Word::kSplit};
-#endif
-
 template <int kWord, int kLayout, int kRow, int kVec>
 constexpr void fill(TileTable& table) {
   table.at[kWord][kLayout][kRow][kVec] =
-      multiply_tile<kWords[kWord], kRow + 1, kVec + 1, static_cast<Layout>(kLayout)>;
+      multiply_tile<static_cast<Word>(kWord), kRow + 1, kVec + 1, static_cast<Layout>(kLayout)>;
   if constexpr (kVec + 1 < kTileVecs) {
     fill<kWord, kLayout, kRow, kVec + 1>(table);
   } else if constexpr (kRow + 1 < kTileRows) {

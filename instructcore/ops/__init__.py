@@ -12,6 +12,7 @@ from .attention import (
 )
 from .cross_entropy import cross_entropy, cross_entropy_reference
 from .gae import gae, gae_reference
+from .linear import linear, linear_reference
 from .linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from .linear_token_logprobs import linear_token_logprobs, linear_token_logprobs_reference
 from .ppo_advantage import (
@@ -41,8 +42,10 @@ __all__ = [
     "cross_entropy_reference",
     "gae",
     "gae_reference",
+    "linear",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
+    "linear_reference",
     "linear_token_logprobs",
     "linear_token_logprobs_reference",
     "ppo_advantage",

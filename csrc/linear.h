@@ -1,0 +1,57 @@
+// linear: y = x W^T + b on the CPU, and the products of its backward.
+//
+//   forward:  y[m][n]  = round(b[n] + sum over k of x[m][k] W[n][k])      x (M, K), W (N, K)
+//   input:    dx[m][k] = round(sum over n of dy[m][n] W[n][k])
+//   weight:   dW[n][k] = round(sum over m of dy[m][n] x[m][k])
+//   bias:     db[n]    = round(sum over m of dy[m][n])
+//
+// Sums are float32 and have one order whatever the shapes, threads and tiles: blocks of
+// kLinearBlock terms, each one chain from its first to its last, added up in their order. So a row
+// of y or dx has the same bits in any batch. Two bfloat16 matrices are multiplied in pairs of terms
+// (tile.h), any others as float32.
+#pragma once
+
+#include <stdint.h>
+
+#include "dtype.h"
+#include "isa.h"
+
+namespace ic {
+
+constexpr int64_t kLinearBlock = 128;
+
+struct LinearMatrix {
+  void* data;
+  int64_t row;  // stride in elements; a column's is 1
+  Dtype dtype;
+};
+
+enum class LinearForm : int {
+  kForward,  // c = a b^T: a is x, b is W
+  kInput,    // c = a b: a is dy, b is W
+  kWeight,   // c = a^T b: a is dy, b is x
+};
+
+struct LinearArgs {
+  LinearForm form;
+  LinearMatrix a, b, c;
+  int64_t rows, columns, depth;  // of c, and of the sums
+  const void* bias;              // (columns,); null: 0
+  Dtype bias_dtype;
+  bool accumulate;  // c, which is float32, is the sum so far
+  int threads;
+};
+
+struct LinearBiasArgs {
+  LinearMatrix grad;  // dy (rows, columns)
+  void* out;          // (columns,)
+  Dtype out_dtype;
+  int64_t rows, columns;
+  bool accumulate;
+  int threads;
+};
+
+IC_CPU_KERNEL(linear_cpu, LinearArgs)
+IC_CPU_KERNEL(linear_bias_cpu, LinearBiasArgs)
+
+}  // namespace ic

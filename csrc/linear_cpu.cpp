@@ -1,0 +1,359 @@
+// linear on the CPU.
+//
+// A task is a range of c's rows and a few panels of 64 of its columns. It packs its panels of b, as
+// much of the sum at a time as L2 holds, and walks the rows by tiles of kTileRows, which a panel
+// meets while the tile is in L1. So each task packs what it needs and nothing is shared: packing
+// costs 2 to 5 % of the multiplications from some 100 rows on, and needs no memory that grows with
+// the matrices. Where the sum does not fit, the sums of all rows wait in L2 for its next part.
+//
+// With up to kStreamRows rows, as in generating, reading b is all the work: a task turns 16 x 16
+// words of b around in registers and multiplies them there.
+#include "linear.h"
+#include "parallel.h"
+#include "tile.h"
+
+namespace ic::IC_ISA {
+namespace {
+
+IC_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+IC_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+IC_INLINE int64_t ceil_div(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
+IC_INLINE int64_t round_up(int64_t n, int64_t unit) { return ceil_div(n, unit) * unit; }
+
+// ---- elements ----
+
+template <class T>
+struct Rows {
+  T* first;
+  int64_t row;
+  IC_INLINE T* operator()(int64_t i) const { return first + i * row; }
+};
+
+// f(rows of m from its element (row, column) on)
+template <class T, class F>
+IC_INLINE void call_with(const LinearMatrix& m, int64_t row, int64_t column, const F& f) {
+  f(Rows<T>{static_cast<T*>(m.data) + row * m.row + column, m.row});
+}
+template <bool kPairs = false, class F>
+IC_INLINE void with_rows(const LinearMatrix& m, int64_t row, int64_t column, const F& f) {
+  if (kPairs || m.dtype == Dtype::kBFloat16) return call_with<BFloat16>(m, row, column, f);
+  if constexpr (!kPairs) {
+    if (m.dtype == Dtype::kFloat16) return call_with<Float16>(m, row, column, f);
+    call_with<float>(m, row, column, f);
+  }
+}
+
+template <class T>
+IC_INLINE void store_some(T* to, Vec x, int64_t n) {
+  if (n >= kLanes) {
+    store(to, x);
+  } else {
+    store_partial(to, x, static_cast<int>(n));
+  }
+}
+
+// c[row][column + j] = round(sums[j] + bias[column + j]) for n columns.
+void store_row(const LinearArgs& g, int64_t row, int64_t column, int64_t n, const float* sums) {
+  const LinearMatrix bias{const_cast<void*>(g.bias), 0, g.bias_dtype};
+  with_rows(g.c, row, column, [&](auto to) {
+    for (int64_t j = 0; j < n; j += kLanes) {
+      Vec x = load(sums + j);
+      if (g.bias)
+        with_rows(bias, 0, column + j,
+                  [&](auto from) { x = x + load_words<false>(from.first, n - j); });
+      store_some(to.first + j, x, n - j);
+    }
+  });
+}
+
+// ---- how the work is cut ----
+
+struct Plan {
+  Word word;
+  int64_t words, chunk;  // of the sum; of a part of it, a multiple of a block
+  int64_t block;         // words of kLinearBlock elements
+  int64_t rows, panels;  // of a task
+  bool packed;           // rows of a are not words as they lie in memory
+  int64_t row_tasks, panel_tasks;
+
+  bool whole() const { return chunk >= words; }
+  // Floats of scratch: b, a, sums.
+  int64_t b_floats() const { return panels * kPanel * chunk; }
+  int64_t a_floats(bool by_columns) const {
+    if (by_columns) return round_up(rows, kLanes) * chunk;
+    return packed ? kTileRows * round_up(chunk, kLanes) : 0;
+  }
+  int64_t sum_floats() const { return (whole() ? kTileRows : rows) * panels * kPanel; }
+};
+
+Plan plan_of(const LinearArgs& g) {
+  Plan p{};
+  const bool pairs = g.a.dtype == Dtype::kBFloat16 && g.b.dtype == Dtype::kBFloat16;
+  const bool by_columns = g.form == LinearForm::kWeight;
+  p.word = pairs ? pair_word() : Word::kFloat;
+  p.words = ceil_div(g.depth, elements_of(p.word));
+  p.block = kLinearBlock / elements_of(p.word);
+  p.packed = pairs ? g.depth % 2 != 0 || g.a.row % 2 != 0 : g.a.dtype != Dtype::kFloat32;
+  // Up to 384 KB of L2 for b's panels. The rest of its 1 MB is for the sums of a task's rows, and
+  // in the weights' gradient for a's part too, so that parts there are short.
+  constexpr int64_t kWhole = 1024, kPanelWords = 96 * 1024;
+  const int64_t part = by_columns ? 128 : 512;
+  p.chunk = p.words <= (by_columns ? part : kWhole) ? larger(1, p.words) : part;
+  const int64_t all_panels = larger(1, ceil_div(g.columns, kPanel));
+  const int64_t most = by_columns ? 6 : larger(1, smaller(8, kPanelWords / (p.chunk * kPanel)));
+  p.panels = smaller(most, all_panels);
+  const int64_t all_rows = round_up(larger(1, g.rows), kTileRows);
+  p.rows = smaller(all_rows, by_columns ? 288 : p.whole() ? 1024 : 384);
+  const auto tasks = [&] { return ceil_div(all_rows, p.rows) * ceil_div(all_panels, p.panels); };
+  const int64_t wanted = g.threads > 1 ? 4 * g.threads : 1;
+  while (tasks() < wanted && p.panels > 1) p.panels = (p.panels + 1) / 2;
+  while (tasks() < wanted && p.rows > 48) p.rows = round_up(p.rows / 2, kTileRows);
+  p.row_tasks = ceil_div(all_rows, p.rows);
+  p.panel_tasks = ceil_div(all_panels, p.panels);
+  return p;
+}
+
+// Tasks in a piece of the thread pool: a million flops and a megabyte take some 10 microseconds.
+int64_t grain_of(double flops, double bytes, int64_t tasks) {
+  const double pieces = (flops + bytes) * 1e-6;
+  return pieces >= static_cast<double>(tasks)
+             ? 1
+             : static_cast<int64_t>(static_cast<double>(tasks) / larger(1, pieces));
+}
+
+// ---- many rows ----
+
+template <bool kPairs>
+class Task {
+ public:
+  Task(const LinearArgs& args, const Plan& plan) : g_(args), plan_(plan) {
+    const bool by_columns = g_.form == LinearForm::kWeight;
+    b_ = scratch(plan.b_floats() + plan.a_floats(by_columns) + plan.sum_floats());
+    a_ = b_ + plan.b_floats();
+    sums_ = a_ + plan.a_floats(by_columns);
+  }
+
+  void run(int64_t row_task, int64_t panel_task) {
+    row_ = row_task * plan_.rows;
+    end_row_ = smaller(g_.rows, row_ + plan_.rows);
+    column_ = panel_task * plan_.panels * kPanel;
+    end_column_ = smaller(g_.columns, column_ + plan_.panels * kPanel);
+    for (int64_t word = 0; word == 0 || word < plan_.words; word += plan_.chunk) {
+      words_ = smaller(plan_.chunk, plan_.words - word);
+      pack_b(word);
+      if (g_.form == LinearForm::kWeight) pack_columns_of_a(word);
+      for (int64_t m = row_; m < end_row_; m += kTileRows) multiply_rows(m, word);
+    }
+  }
+
+ private:
+  static constexpr int64_t kElements = kPairs ? 2 : 1;
+
+  void pack_b(int64_t word) {
+    const int64_t k = word * kElements, depth = smaller(words_ * kElements, g_.depth - k);
+    float* to = b_;
+    for (int64_t j = column_; j < end_column_; j += kPanel, to += words_ * kPanel) {
+      const int64_t n = smaller(kPanel, end_column_ - j);
+      if (g_.form == LinearForm::kForward) {
+        with_rows<kPairs>(g_.b, j, k, [&](auto rows) { pack_columns<kPairs>(rows, n, depth, to); });
+      } else {
+        with_rows<kPairs>(g_.b, k, j,
+                          [&](auto rows) { pack_rows<kPairs>(rows, n, depth, to, kPanel); });
+      }
+    }
+  }
+
+  void pack_columns_of_a(int64_t word) {
+    const int64_t k = word * kElements, depth = smaller(words_ * kElements, g_.depth - k);
+    with_rows<kPairs>(g_.a, k, row_, [&](auto rows) {
+      pack_rows<kPairs>(rows, end_row_ - row_, depth, a_, round_up(plan_.rows, kLanes));
+    });
+  }
+
+  // The part from `word` on of the sums of a tile of rows from m on.
+  void multiply_rows(int64_t m, int64_t word) {
+    const int64_t rows = smaller(kTileRows, end_row_ - m), ld = plan_.panels * kPanel;
+    float* sums = plan_.whole() ? sums_ : sums_ + (m - row_) * ld;
+    if (g_.accumulate && word == 0) load_sums(m, rows, sums, ld);
+    const float *a = a_, *b = b_;
+    int64_t lda = round_up(plan_.rows, kLanes);
+    if (g_.form == LinearForm::kWeight) {
+      a = a_ + m - row_;
+    } else if (plan_.packed) {
+      lda = round_up(words_, kLanes);
+      pack_rows_of_a(m, rows, word, lda);
+    } else {
+      lda = g_.a.row / kElements;
+      a = static_cast<const float*>(g_.a.data) + m * lda + word;
+    }
+    for (int64_t j = column_; j < end_column_; j += kPanel, b += words_ * kPanel) {
+      const int64_t columns = round_up(smaller(kPanel, end_column_ - j), kLanes);
+      for (int64_t k = 0; k == 0 || k < words_; k += plan_.block) {
+        const bool fresh = word + k == 0 && !g_.accumulate;
+        Tile tile{a + k, b + k * kPanel, sums + j - column_, fresh ? nullptr : kOnes};
+        tile.lda = lda, tile.ldb = kPanel, tile.ldc = ld;
+        tile.depth = smaller(plan_.block, words_ - k);
+        if (g_.form == LinearForm::kWeight) {
+          tile.a = a + k * lda;
+          multiply<Layout::kColumns>(plan_.word, tile, rows, columns);
+        } else {
+          multiply(plan_.word, tile, rows, columns);
+        }
+      }
+    }
+    if (word + words_ >= plan_.words) store_sums(m, rows, sums, ld);
+  }
+
+  void pack_rows_of_a(int64_t m, int64_t rows, int64_t word, int64_t lda) {
+    const int64_t k = word * kElements, depth = smaller(words_ * kElements, g_.depth - k);
+    with_rows<kPairs>(g_.a, m, k, [&](auto from) {
+      for (int64_t i = 0; i < rows; ++i) pack_row<kPairs>(from(i), depth, a_ + i * lda);
+    });
+  }
+
+  void load_sums(int64_t m, int64_t rows, float* sums, int64_t ld) {
+    const Rows<float> from{static_cast<float*>(g_.c.data) + m * g_.c.row + column_, g_.c.row};
+    for (int64_t i = 0; i < rows; ++i)
+      pack_row<false>(from(i), end_column_ - column_, sums + i * ld);
+  }
+
+  void store_sums(int64_t m, int64_t rows, const float* sums, int64_t ld) {
+    for (int64_t i = 0; i < rows; ++i)
+      store_row(g_, m + i, column_, end_column_ - column_, sums + i * ld);
+  }
+
+  const LinearArgs& g_;
+  const Plan& plan_;
+  float *b_, *a_, *sums_;
+  int64_t row_ = 0, end_row_ = 0, column_ = 0, end_column_ = 0, words_ = 0;
+};
+
+template <bool kPairs>
+void run_tasks(const LinearArgs& g, const Plan& plan) {
+  const int64_t tasks = plan.row_tasks * plan.panel_tasks;
+  const double work = 2.0 * g.rows * g.columns * g.depth, bytes = 4.0 * g.columns * g.depth;
+  parallel_rows(tasks, grain_of(work, bytes, tasks), g.threads, [&](int64_t begin, int64_t end) {
+    Task<kPairs> task(g, plan);
+    for (int64_t i = begin; i < end; ++i) task.run(i / plan.panel_tasks, i % plan.panel_tasks);
+  });
+}
+
+// ---- few rows: forward only ----
+
+constexpr int64_t kStreamRows = 4;
+
+// Columns `column` .. + 15 of kRows rows of c; a: their words, lda apart.
+template <Word kWord, int kRows, class T>
+void stream_columns(const LinearArgs& g, const float* a, int64_t lda, Rows<T> b, int64_t column) {
+  constexpr bool kPairs = kWord != Word::kFloat;
+  constexpr int64_t kElements = kPairs ? 2 : 1, kBlock = kLinearBlock / kElements;
+  const int64_t n = smaller(kLanes, g.columns - column), words = ceil_div(g.depth, kElements);
+  const T* rows[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) rows[i] = b(i < n ? i : n - 1);
+  Vec sum[kRows];
+  for (int m = 0; m < kRows; ++m) sum[m] = broadcast(0.0f);
+  for (int64_t first = 0; first < words; first += kBlock) {
+    const int64_t end = smaller(words, first + kBlock);
+    Vec chain[kRows];
+    for (int m = 0; m < kRows; ++m) chain[m] = broadcast(0.0f);
+    const auto add = [&](int64_t word, const Vec& x) __attribute__((always_inline)) {
+      for (int m = 0; m < kRows; ++m)
+        chain[m] = multiply_add<kWord>(broadcast(a[m * lda + word]), x, chain[m]);
+    };
+    for (int64_t word = first; word < end; word += kLanes) {
+      Vec tile[kLanes];
+      load_columns<kPairs>(rows, n, word * kElements, g.depth, tile);
+      if (end - word >= kLanes) {
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kLanes; ++i) add(word + i, tile[i]);
+      } else {
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kLanes; ++i)
+          if (i < end - word) add(word + i, tile[i]);
+      }
+    }
+    for (int m = 0; m < kRows; ++m) sum[m] = first == 0 ? chain[m] : sum[m] + chain[m];
+  }
+  for (int m = 0; m < kRows; ++m) {
+    float row[kLanes];
+    store(row, sum[m]);
+    store_row(g, m, column, n, row);
+  }
+}
+
+template <Word kWord, class T>
+void stream_rows(const LinearArgs& g, const float* a, int64_t lda, Rows<T> b, int64_t column) {
+  if (g.rows == 1) return stream_columns<kWord, 1>(g, a, lda, b, column);
+  if (g.rows == 2) return stream_columns<kWord, 2>(g, a, lda, b, column);
+  if (g.rows == 3) return stream_columns<kWord, 3>(g, a, lda, b, column);
+  stream_columns<kWord, 4>(g, a, lda, b, column);
+}
+
+template <bool kPairs>
+void stream(const LinearArgs& g, const Plan& plan) {
+  const float* a = static_cast<const float*>(g.a.data);
+  int64_t lda = g.a.row / elements_of(plan.word);
+  if (plan.packed) {
+    lda = round_up(plan.words, kLanes);
+    float* packed = scratch(g.rows * lda);
+    with_rows<kPairs>(g.a, 0, 0, [&](auto from) {
+      for (int64_t m = 0; m < g.rows; ++m) pack_row<kPairs>(from(m), g.depth, packed + m * lda);
+    });
+    a = packed;
+  }
+  const int64_t tasks = ceil_div(g.columns, kLanes);
+  const double work = 2.0 * g.rows * g.columns * g.depth, bytes = 4.0 * g.columns * g.depth;
+  parallel_rows(tasks, grain_of(work, bytes, tasks), g.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      with_rows<kPairs>(g.b, i * kLanes, 0, [&](auto b) {
+        if constexpr (!kPairs) {
+          stream_rows<Word::kFloat>(g, a, lda, b, i * kLanes);
+        } else if (plan.word == Word::kSplit) {
+          stream_rows<Word::kSplit>(g, a, lda, b, i * kLanes);
+        } else {
+          stream_rows<Word::kPair>(g, a, lda, b, i * kLanes);
+        }
+      });
+  });
+}
+
+// ---- the bias ----
+
+// Sixteen columns at most; out is their row.
+void sum_columns(const LinearBiasArgs& g, int64_t column, int64_t n, const LinearMatrix& out) {
+  Vec sum = broadcast(0.0f);
+  if (g.accumulate) sum = load_words<false>(static_cast<const float*>(g.out) + column, n);
+  with_rows(g.grad, 0, column, [&](auto rows) {
+    for (int64_t first = 0; first < g.rows; first += kLinearBlock) {
+      Vec chain = broadcast(0.0f);
+      for (int64_t i = first; i < smaller(g.rows, first + kLinearBlock); ++i)
+        chain = chain + load_words<false>(rows(i), n);
+      sum = sum + chain;
+    }
+  });
+  with_rows(out, 0, column, [&](auto to) { store_some(to.first, sum, n); });
+}
+
+}  // namespace
+
+void linear_cpu(const LinearArgs& g) {
+  const Plan plan = plan_of(g);
+  const bool pairs = plan.word != Word::kFloat;
+  if (g.form == LinearForm::kForward && g.rows <= kStreamRows && !g.accumulate)
+    return pairs ? stream<true>(g, plan) : stream<false>(g, plan);
+  return pairs ? run_tasks<true>(g, plan) : run_tasks<false>(g, plan);
+}
+
+void linear_bias_cpu(const LinearBiasArgs& g) {
+  const int64_t vectors = ceil_div(g.columns, kLanes);
+  const LinearMatrix out{g.out, 0, g.out_dtype};
+  parallel_rows(vectors, 65536 / (kLanes * larger(1, g.rows)) + 1, g.threads,
+                [&](int64_t begin, int64_t end) {
+                  for (int64_t i = begin; i < end; ++i) {
+                    const int64_t column = i * kLanes;
+                    sum_columns(g, column, smaller(kLanes, g.columns - column), out);
+                  }
+                });
+}
+
+}  // namespace ic::IC_ISA
