@@ -147,14 +147,15 @@ constexpr AttentionPlan attention_plan(int64_t dim) {
   AttentionPlan p{};
   p.padded = (dim + 15) / 16 * 16;
   p.keys = 256;
-  p.rows = p.padded <= 64 ? 384 : 24576 / p.padded / 48 * 48;
+  p.rows = p.padded <= 64 ? 768 : 49152 / p.padded / 48 * 48;
   p.back_rows = 96;
-  p.back_keys = p.padded <= 64 ? 256 : 16384 / p.padded / 16 * 16;
-  // keys transposed, values; queries, outputs, row sums and maxima; a tile of logits
-  p.forward_floats = 2 * p.keys * p.padded + p.rows * (2 * p.padded + 16 + 1) + 8 * p.keys;
-  // keys and values transposed, keys, two gradients; queries, dout, dq, lse and delta; p and dlogit
+  p.back_keys = p.padded <= 64 ? 256 : 16384 / p.padded / 32 * 32;
+  // keys transposed, values; queries, outputs, row sums and maxima; a tile of logits and weights
+  p.forward_floats = 2 * p.keys * p.padded + p.rows * (2 * p.padded + 16 + 1) + 9 * p.keys;
+  // keys and values transposed, keys, two gradients; queries, dout, dq, lse and delta; a tile of
+  // logits and of dout . v; weights and dlogit
   p.backward_floats = 5 * p.back_keys * p.padded + p.back_rows * (3 * p.padded + 2) +
-                      2 * p.back_rows * (p.back_keys + 48);
+                      12 * p.back_keys + 2 * p.back_rows * (p.back_keys + 48);
   return p;
 }
 

@@ -15,31 +15,44 @@
 namespace ic::IC_ISA {
 namespace {
 
-struct Span {
-  int64_t begin, end;
-  int64_t size() const { return end > begin ? end - begin : 0; }
-};
+// Rows whose logits are formed together: an even number, whole tiles of multiply.
+constexpr int64_t kGroup = 6;
 
+template <Word kWord>
 class BackwardTask {
  public:
   BackwardTask(const AttentionBackwardArgs& args, const AttentionPlan& plan, const Sequence& s,
                int64_t kv_head, float* scratch)
       : b_(args), a_(args.forward), plan_(plan), s_(s), kv_head_(kv_head) {
+    const int64_t keys = plan.back_keys, rows = plan.back_rows, padded = plan.padded;
+    words_ = words_of(kWord, a_.dim);
+    q_row_ = round_up(words_, kLanes);
     Arena arena(scratch);
-    key_columns_ = arena.take(plan.back_keys * plan.padded);
-    value_columns_ = arena.take(plan.back_keys * plan.padded);
-    keys_ = arena.take(plan.back_keys * plan.padded);
-    grad_k_ = arena.take(plan.back_keys * plan.padded);
-    grad_v_ = arena.take(plan.back_keys * plan.padded);
-    q_ = arena.take(plan.back_rows * plan.padded);
-    dout_ = arena.take(plan.back_rows * plan.padded);
-    grad_q_ = arena.take(plan.back_rows * plan.padded);
-    lse_ = arena.take(plan.back_rows);
-    delta_ = arena.take(plan.back_rows);
-    // A row of p or dlogit has a spare vector on either side, and its stride is no power of two.
-    p_ = arena.take(plan.back_rows * (plan.back_keys + 3 * kLanes)) + kLanes;
-    dlogit_ = arena.take(plan.back_rows * (plan.back_keys + 3 * kLanes)) + kLanes;
-    plain_ = !(a_.softcap > 0) && !a_.slopes;
+    key_columns_ = arena.take(keys * words_);
+    value_columns_ = arena.take(keys * words_);
+    keys_ = arena.take(words_of(kWord, keys) * padded);
+    grad_k_ = arena.take(keys * padded);
+    grad_v_ = arena.take(keys * padded);
+    q_ = arena.take(rows * q_row_);
+    dout_ = arena.take(rows * q_row_);
+    grad_q_ = arena.take(rows * padded);
+    lse_ = arena.take(rows);
+    delta_ = arena.take(rows);
+    logits_ = arena.take(kGroup * keys);
+    dweights_ = arena.take(kGroup * keys);
+    // A row of weights or dlogit has a spare vector on either side, its stride is no power of two.
+    weights_ = arena.take(words_of(kWord, rows) * (keys + 3 * kLanes)) + kLanes;
+    dlogit_ = arena.take(words_of(kWord, rows) * (keys + 3 * kLanes)) + kLanes;
+    if constexpr (kWord == Word::kFloat) {
+      q_values_ = q_;
+      dout_values_ = dout_;
+      dlogit_rows_ = dlogit_;
+    } else {
+      q_values_ = arena.take(words_of(kWord, rows) * padded);
+      dout_values_ = arena.take(words_of(kWord, rows) * padded);
+      dlogit_rows_ = arena.take(rows * words_of(kWord, keys));
+    }
+    plain_ = plain_logits(a_);
     seen_ = s.keys > 0 ? Span{s.first_row(0), s.end_row(s.keys - 1)} : Span{0, 0};
   }
 
@@ -52,11 +65,14 @@ class BackwardTask {
     key_ = index * plan_.back_keys;
     n_keys_ = smaller(plan_.back_keys, s_.keys - key_);
     if (n_keys_ <= 0) return;
-    ld_ = round_up(n_keys_, kLanes) + 3 * kLanes;
-    const Rows k = key_rows(a_, a_.k, s_, kv_head_), v = key_rows(a_, a_.v, s_, kv_head_);
-    pack_columns(a_.dtype, k, key_, n_keys_, a_.dim, key_columns_);
-    pack_columns(a_.dtype, v, key_, n_keys_, a_.dim, value_columns_);
-    keys_finite_ = pack_rows(a_.dtype, k, key_, n_keys_, a_.dim, 1.0f, keys_);
+    ld_ = round_up(n_keys_, 2 * kLanes) + 3 * kLanes;
+    row_ld_ = kWord == Word::kFloat ? ld_ : words_of(kWord, plan_.back_keys);
+    k_ = key_rows(a_, a_.k, s_, kv_head_);
+    const Rows v = key_rows(a_, a_.v, s_, kv_head_);
+    pack_keys<kWord>(a_.dtype, k_, key_, n_keys_, a_.dim, a_.scale < 0, key_columns_);
+    pack_keys<kWord>(a_.dtype, v, key_, n_keys_, a_.dim, false, value_columns_);
+    keys_finite_ = pack_values<kWord>(a_.dtype, k_, key_, key_, key_ + n_keys_, a_.dim, keys_,
+                                      plan_.padded);
     const Span rows{s_.first_row(key_), s_.end_row(key_ + n_keys_ - 1)};
     if (rows.size() > 0)
       for (int64_t i = rows.begin / plan_.back_rows; i * plan_.back_rows < rows.end; ++i)
@@ -70,8 +86,7 @@ class BackwardTask {
         store_row(a_.dtype, zeros, a_.dim, 1.0f, grad_v.at(key_ + j));
         continue;
       }
-      store_row(a_.dtype, grad_k_ + j * plan_.padded, a_.dim, __builtin_fabsf(a_.scale),
-                grad_k.at(key_ + j));
+      store_row(a_.dtype, grad_k_ + j * plan_.padded, a_.dim, a_.scale, grad_k.at(key_ + j));
       store_row(a_.dtype, grad_v_ + j * plan_.padded, a_.dim, 1.0f, grad_v.at(key_ + j));
     }
   }
@@ -88,15 +103,18 @@ class BackwardTask {
   void add_rows(int64_t index, int64_t block, Span rows) {
     const Span all{larger(seen_.begin, block * plan_.back_rows),
                    smaller(seen_.end, (block + 1) * plan_.back_rows)};
-    // Whole tiles, the same ones at each visit: a tile is fresh or not as one.
-    const int64_t before = larger(0, rows.begin - all.begin) / kTileRows * kTileRows;
-    const int64_t after = round_up(smaller(rows.end, all.end) - all.begin, kTileRows);
-    const Span here{all.begin + before, smaller(all.begin + after, all.end)};
-    pack_queries(here);
-    for (int64_t r = here.begin; r < here.end; r += kTileRows)
-      logit_gradients(r, smaller(kTileRows, here.end - r), r - here.begin);
-    for (int64_t j = 0; j < n_keys_; j += kTileRows)
-      add_to_keys(j, smaller(kTileRows, n_keys_ - j), here);
+    // Whole groups, the same ones at each visit: a group is fresh or not as one.
+    const int64_t before = larger(0, rows.begin - all.begin) / kGroup * kGroup;
+    const int64_t after = round_up(smaller(rows.end, all.end) - all.begin, kGroup);
+    here_ = {all.begin + before, smaller(all.begin + after, all.end)};
+    pack_rows_here();
+    for (int64_t r = here_.begin; r < here_.end; r += kGroup)
+      logit_gradients(r, smaller(kGroup, here_.end - r), r - here_.begin);
+    for (int64_t j = 0; j < n_keys_; j += kGroup) {
+      const int64_t keys = smaller(kGroup, n_keys_ - j);
+      add_to_keys(j, keys, weights_, dout_rows_, dout_values_, dout_finite_, grad_v_);
+      add_to_keys(j, keys, dlogit_, q_rows_, q_values_, q_finite_, grad_k_);
+    }
 
     const int64_t first = s_.first_seen(all.begin) / plan_.back_keys;
     const int64_t last = (s_.end_seen(all.end - 1) - 1) / plan_.back_keys;
@@ -110,8 +128,8 @@ class BackwardTask {
              attention_first_token(a_, s_) * s_.group / plan_.back_rows;
       while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != index - first) sched_yield();
     }
-    for (int64_t r = here.begin; r < here.end; r += kTileRows)
-      add_to_queries(r, smaller(kTileRows, here.end - r), r - here.begin,
+    for (int64_t r = here_.begin; r < here_.end; r += kGroup)
+      add_to_queries(r, smaller(kGroup, here_.end - r), r - here_.begin,
                      sums + (r - all.begin) * plan_.padded);
     if (index == last) {
       const Rows out = query_rows(b_.grad_q, a_.dtype, s_, kv_head_);
@@ -121,22 +139,30 @@ class BackwardTask {
     if (turn) __atomic_store_n(turn, static_cast<int32_t>(index - first + 1), __ATOMIC_RELEASE);
   }
 
-  void pack_queries(Span rows) {
-    const int64_t n = rows.size(), padded = plan_.padded;
-    const Rows out = query_rows(a_.out, a_.dtype, s_, kv_head_);
-    q_finite_ = pack_rows(a_.dtype, query_rows(a_.q, a_.dtype, s_, kv_head_), rows.begin, n, a_.dim,
-                          sign_of(a_.scale), q_);
-    dout_finite_ = pack_rows(a_.dtype, query_rows(b_.grad_out, a_.dtype, s_, kv_head_), rows.begin,
-                             n, a_.dim, 1.0f, dout_);
-    pack_rows(a_.dtype, out, rows.begin, n, a_.dim, 1.0f, grad_q_);  // only to form delta
-    dot_rows(dout_, grad_q_, n, padded, delta_);
+  void pack_rows_here() {
+    const int64_t n = here_.size(), padded = plan_.padded;
+    q_rows_ = query_rows(a_.q, a_.dtype, s_, kv_head_);
+    dout_rows_ = query_rows(b_.grad_out, a_.dtype, s_, kv_head_);
+    const auto pack = [&](const Rows& rows, float* a, float* b) {
+      if (kWord != Word::kFloat)  // else a is b
+        pack_queries<kWord>(a_.dtype, rows, here_.begin, n, a_.dim, a, q_row_);
+      return pack_values<kWord>(a_.dtype, rows, here_.begin, here_.begin, here_.end, a_.dim, b,
+                                padded);
+    };
+    q_finite_ = pack(q_rows_, q_, q_values_);
+    dout_finite_ = pack(dout_rows_, dout_, dout_values_);
+    pack_queries<kWord>(a_.dtype, query_rows(a_.out, a_.dtype, s_, kv_head_), here_.begin, n,
+                        a_.dim, grad_q_, q_row_);  // only to form delta
+    dot_rows<kWord>(dout_, grad_q_, n, q_row_, delta_);
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t row = rows.begin + i, head = kv_head_ * s_.group + row % s_.group;
-      const int64_t at = attention_lse_index(a_, s_, head, row / s_.group);
+      const int64_t row = here_.begin + i;
+      const int64_t at = attention_lse_index(a_, s_, head_of(row), row / s_.group);
       lse_[i] = a_.lse[at];
       if (b_.grad_lse) delta_[i] -= b_.grad_lse[at];
     }
   }
+
+  int64_t head_of(int64_t row) const { return kv_head_ * s_.group + row % s_.group; }
 
   // The keys of this block that a row sees, counted from its first.
   Span seen_by(int64_t row) const {
@@ -146,71 +172,119 @@ class BackwardTask {
     return {seen_by(row).begin, seen_by(row + rows - 1).end};
   }
 
-  // p and dlogit of a tile of rows, the first the i-th of its block. Vectors next to what the tile
-  // sees become 0, for products over tiles of keys that reach there.
-  void logit_gradients(int64_t r, int64_t rows, int64_t i) {
-    const Span tile = seen_by(r, rows);
-    if (tile.size() == 0) return;
-    const int64_t v0 = tile.begin / kLanes, v1 = (tile.end + kLanes - 1) / kLanes;
-    const int64_t padded = plan_.padded;
-    float *p = p_ + i * ld_, *dlogit = dlogit_ + i * ld_;
-    multiply_columns(q_ + i * padded, padded, key_columns_, a_.dim, rows, v0, v1, p, ld_);
-    multiply_columns(dout_ + i * padded, padded, value_columns_, a_.dim, rows, v0, v1, dlogit, ld_);
+  // The weight and dlogit of a row for one vector of keys.
+  struct Row {
+    Span seen;
+    const float *products, *dweights;
+    float lse, delta;
+    Logits logits;
+    int64_t position;
+  };
+  struct Gradient {
+    Vec weight, dlogit;
+  };
+
+  IC_INLINE Gradient gradient_of(const Row& row, int64_t v) const {
     const Vec zero = broadcast(0.0f);
-    for (int64_t m = 0; m < rows; ++m, p += ld_, dlogit += ld_) {
-      for (int64_t v = v0 - 1; v <= v1; v += v1 - v0 + 1) {
-        store(p + v * kLanes, zero);
+    Vec x = load(row.products + v * kLanes), slope = broadcast(1.0f);
+    if (plain_) {
+      x = fma(x, broadcast(row.logits.scale), broadcast(-row.lse));
+    } else {
+      x = logits_of(x, row.logits, row.position, key_ + v * kLanes, &slope) - broadcast(row.lse);
+    }
+    Gradient g;
+    g.weight = exp2_normal<kExpDegree<kWord>>(x * broadcast(kLog2E));
+    g.dlogit = g.weight * (load(row.dweights + v * kLanes) - broadcast(row.delta));
+    if (!plain_) g.dlogit = g.dlogit * slope;
+    if (v * kLanes < row.seen.begin || (v + 1) * kLanes > row.seen.end) {
+      g.weight = where_seen(v, row.seen.begin, row.seen.end, g.weight, zero);
+      g.dlogit = where_seen(v, row.seen.begin, row.seen.end, g.dlogit, zero);
+    }
+    return g;
+  }
+
+  // Weights and dlogit of a group of rows, the first the i-th of its block. Vectors next to what the
+  // group sees become 0, for products over tiles of keys that reach there.
+  void logit_gradients(int64_t r, int64_t rows, int64_t i) {
+    const Span group = seen_by(r, rows);
+    if (group.size() == 0) return;
+    const int64_t v0 = group.begin / kLanes, v1 = (group.end + kLanes - 1) / kLanes;
+    const int64_t keys = plan_.back_keys;
+    multiply_columns(kWord, q_ + i * q_row_, q_row_, key_columns_, words_, rows, v0, v1, logits_,
+                     keys);
+    multiply_columns(kWord, dout_ + i * q_row_, q_row_, value_columns_, words_, rows, v0, v1,
+                     dweights_, keys);
+    const auto row_of = [&](int64_t m) {
+      return Row{seen_by(r + m),
+                 logits_ + m * keys,
+                 dweights_ + m * keys,
+                 lse_[i + m],
+                 delta_[i + m],
+                 logits_for(a_, s_, head_of(r + m)),
+                 s_.position(r + m)};
+    };
+    const Vec zero = broadcast(0.0f);
+    const int64_t w0 = v0 & ~1, w1 = (v1 + 1) & ~1;
+    for (int64_t m = 0; m < rows; m += kElements) {
+      const int64_t at = (i + m) / kElements * ld_;
+      float *weights = weights_ + at, *dlogit = dlogit_ + at;
+      for (int64_t v = w0 - 1; v <= w1; v += w1 - w0 + 1) {
+        store(weights + v * kLanes, zero);
         store(dlogit + v * kLanes, zero);
       }
-      const Span seen = seen_by(r + m);
-      const Vec lse = broadcast(lse_[i + m]), delta = broadcast(delta_[i + m]);
-      const Logits l = logits_for(r + m);
-      const Vec scale = broadcast(plain_ ? l.scale : 1.0f);
-      for (int64_t v = v0; v < v1; ++v) {
-        Vec x = load(p + v * kLanes), slope = broadcast(1.0f);
-        if (!plain_) x = logits_of(x, l, s_.position(r + m), key_ + v * kLanes, &slope);
-        Vec weight = exp_normal(fma(x, scale, zero - lse));
-        Vec change = weight * (load(dlogit + v * kLanes) - delta);
-        if (!plain_) change = change * slope;
-        weight = where_seen(v, seen.begin, seen.end, weight, zero);
-        change = where_seen(v, seen.begin, seen.end, change, zero);
-        store(p + v * kLanes, weight);
-        store(dlogit + v * kLanes, change);
+      const Row early = row_of(m);
+      if constexpr (kWord == Word::kFloat) {
+        for (int64_t v = w0; v < w1; ++v) {
+          const Gradient g = gradient_of(early, v);
+          store(weights + v * kLanes, g.weight);
+          store(dlogit + v * kLanes, g.dlogit);
+        }
+      } else {
+        const bool paired = m + 1 < rows;
+        const Row late = row_of(paired ? m + 1 : m);
+        float* rows_at = dlogit_rows_ + (i + m) * row_ld_;
+        for (int64_t v = w0; v < w1; v += 2) {
+          const Gradient a0 = gradient_of(early, v), a1 = gradient_of(early, v + 1);
+          Gradient b0{zero, zero}, b1 = b0;
+          if (paired) b0 = gradient_of(late, v), b1 = gradient_of(late, v + 1);
+          store_pairs<kWord>(weights + v * kLanes, a0.weight, b0.weight);
+          store_pairs<kWord>(weights + (v + 1) * kLanes, a1.weight, b1.weight);
+          store_pairs<kWord>(dlogit + v * kLanes, a0.dlogit, b0.dlogit);
+          store_pairs<kWord>(dlogit + (v + 1) * kLanes, a1.dlogit, b1.dlogit);
+          store_neighbours<kWord>(rows_at + v / 2 * kLanes, a0.dlogit, a1.dlogit);
+          if (paired) store_neighbours<kWord>(rows_at + row_ld_ + v / 2 * kLanes, b0.dlogit, b1.dlogit);
+        }
       }
     }
   }
 
-  Logits logits_for(int64_t row) const {
-    const int64_t head = kv_head_ * s_.group + row % s_.group;
-    const float slope = a_.slopes ? a_.slopes[s_.index * a_.slopes_batch + head] : 0.0f;
-    return {__builtin_fabsf(a_.scale), a_.softcap, slope};
-  }
-
-  // dv += p^T dout, dk += dlogit^T q for `keys` keys from the j-th on. Exact spans where a factor
-  // is not finite: 0 times it would be NaN.
-  void add_to_keys(int64_t j, int64_t keys, Span here) {
-    const int64_t padded = plan_.padded;
-    const bool fresh = s_.first_row(key_ + j) >= here.begin;  // no row added to them before
-    const auto add = [&](const float* weights, const float* from, bool finite, float* to) {
-      const int64_t step = finite ? keys : 1;
-      const float* keep = fresh && finite ? nullptr : kOnes;
-      if (fresh && !finite) __builtin_memset(to + j * padded, 0, keys * padded * sizeof(float));
-      for (int64_t first = j; first < j + keys; first += step) {
-        const int64_t begin = larger(here.begin, s_.first_row(key_ + first));
-        const int64_t end = smaller(here.end, s_.end_row(key_ + first + step - 1));
-        if (end <= begin) continue;
-        const int64_t i = begin - here.begin;
-        multiply<Layout::kColumns>(Word::kFloat,
-                                   {weights + i * ld_ + first, from + i * padded,
-                                    to + first * padded, keep, ld_, padded, padded, end - begin},
-                                   step, padded);
+  // to += weights^T values for `keys` keys from the j-th on. Exactly the rows that see a key where a
+  // value is not finite: 0 times it would be NaN.
+  void add_to_keys(int64_t j, int64_t keys, const float* weights, const Rows& source, float* values,
+                   bool finite, float* to) {
+    const int64_t padded = plan_.padded, step = finite ? keys : 1;
+    const bool fresh = s_.first_row(key_ + j) >= here_.begin;  // no row added to them before
+    const float* keep = fresh && finite ? nullptr : kOnes;
+    if (fresh && !finite) __builtin_memset(to + j * padded, 0, keys * padded * sizeof(float));
+    for (int64_t first = j; first < j + keys; first += step) {
+      const int64_t begin = larger(here_.begin, s_.first_row(key_ + first));
+      const int64_t end = smaller(here_.end, s_.end_row(key_ + first + step - 1));
+      if (end <= begin) continue;
+      const int64_t i = (begin - here_.begin) / kElements;
+      const float* from = values + i * padded;
+      if (!finite) {
+        pack_values<kWord>(a_.dtype, source, here_.begin, begin, end, a_.dim, values, padded);
+        from = values;
       }
-    };
-    add(p_, dout_, dout_finite_, grad_v_);
-    add(dlogit_, q_, q_finite_, grad_k_);
+      multiply_rows<Layout::kColumns>(
+          kWord,
+          {weights + i * ld_ + first, from, to + first * padded, keep, ld_, padded, padded,
+           words_of(kWord, end - here_.begin) - i},
+          step, padded);
+    }
   }
 
-  // dq += dlogit k for a tile of rows, the first the i-th of its block.
+  // dq += dlogit k for a group of rows, the first the i-th of its block.
   void add_to_queries(int64_t r, int64_t rows, int64_t i, float* to) {
     const int64_t padded = plan_.padded, step = keys_finite_ ? rows : 1;
     const bool fresh = s_.first_seen(r) >= key_;  // no block of keys added to them before
@@ -219,23 +293,36 @@ class BackwardTask {
     for (int64_t m = 0; m < rows; m += step) {
       const Span seen = seen_by(r + m, step);
       if (seen.size() == 0) continue;
-      multiply(Word::kFloat,
-               {dlogit_ + (i + m) * ld_ + seen.begin, keys_ + seen.begin * padded, to + m * padded,
-                keep, ld_, padded, padded, seen.size()},
-               step, padded);
+      const int64_t first = seen.begin / kElements;
+      const float* from = keys_ + first * padded;
+      if (!keys_finite_) {
+        pack_values<kWord>(a_.dtype, k_, key_, key_ + seen.begin, key_ + seen.end, a_.dim, keys_,
+                           padded);
+        from = keys_;
+      }
+      multiply_rows(kWord,
+                    {dlogit_rows_ + (i + m) * row_ld_ + first, from, to + m * padded, keep, row_ld_,
+                     padded, padded, words_of(kWord, seen.end) - first},
+                    step, padded);
     }
   }
+
+  static constexpr int64_t kElements = elements_of(kWord);
 
   const AttentionBackwardArgs& b_;
   const AttentionArgs& a_;
   const AttentionPlan& plan_;
   const Sequence& s_;
-  int64_t kv_head_;
-  Span seen_;  // rows that see a key
+  int64_t kv_head_, words_, q_row_;
+  Span seen_, here_{0, 0};  // rows that see a key; rows at work
+  Rows k_, q_rows_, dout_rows_;
   bool plain_, keys_finite_ = true, q_finite_ = true, dout_finite_ = true;
-  int64_t key_ = 0, n_keys_ = 0, ld_ = 0;
+  int64_t key_ = 0, n_keys_ = 0, ld_ = 0, row_ld_ = 0;
+  // Operands b and a of the keys, sums of their gradients; rows as operands a and b; a group's
+  // products; a block's weights and dlogit, along the rows and along the keys.
   float *key_columns_, *value_columns_, *keys_, *grad_k_, *grad_v_;
-  float *q_, *dout_, *grad_q_, *lse_, *delta_, *p_, *dlogit_;
+  float *q_, *dout_, *q_values_, *dout_values_, *grad_q_, *lse_, *delta_;
+  float *logits_, *dweights_, *weights_, *dlogit_, *dlogit_rows_;
 };
 
 // dsink = -sum over the rows that see a key of e^(sink - lse) delta, in their order.
@@ -251,11 +338,11 @@ void sink_gradient(const AttentionBackwardArgs& b, int64_t head) {
     for (int64_t t = 0; t < s.queries; ++t) {
       const int64_t at = attention_lse_index(a, s, head, t), row = t * s.group + head % s.group;
       if (s.end_seen(row) <= s.first_seen(row)) continue;
-      const float share = lanes_of(exp_normal(broadcast(a.sinks[head] - a.lse[at])))[0];
+      const float share = exponential(a.sinks[head] - a.lse[at]);
       if (!(a.sinks[head] > -__FLT_MAX__)) continue;
-      pack_rows(a.dtype, dout_rows, row, 1, a.dim, 1.0f, dout);
-      pack_rows(a.dtype, out_rows, row, 1, a.dim, 1.0f, out);
-      dot_rows(dout, out, 1, padded, delta);
+      pack_queries<Word::kFloat>(a.dtype, dout_rows, row, 1, a.dim, dout, 0);
+      pack_queries<Word::kFloat>(a.dtype, out_rows, row, 1, a.dim, out, 0);
+      dot_rows<Word::kFloat>(dout, out, 1, padded, delta);
       if (b.grad_lse) delta[0] -= b.grad_lse[at];
       sum -= static_cast<double>(share) * static_cast<double>(delta[0]);
     }
@@ -284,6 +371,7 @@ void attention_backward_cpu(const AttentionBackwardArgs& b) {
   const int64_t blocks = larger(1, (extent.keys + plan.back_keys - 1) / plan.back_keys);
   const int64_t tasks = units * blocks;
   const double flops = 10.0 * extent.pairs * static_cast<double>(a.heads * a.dim);
+  const Word word = word_of(a);
   Slot::clear(a.workspace, plan.backward_floats, a.threads);
   parallel_rows(tasks, grain_of(flops, tasks), a.threads, [&](int64_t begin, int64_t end) {
     Slot slot(a.workspace, plan.backward_floats, a.threads);
@@ -291,7 +379,9 @@ void attention_backward_cpu(const AttentionBackwardArgs& b) {
       const int64_t unit = task % units, block = task / units;
       const Sequence s = attention_sequence(a, unit / a.kv_heads);
       if (block > 0 && block * plan.back_keys >= s.keys) continue;
-      BackwardTask(b, plan, s, unit % a.kv_heads, slot.scratch()).run(block);
+      with_word(word, [&](auto tag) {
+        BackwardTask<tag.word>(b, plan, s, unit % a.kv_heads, slot.scratch()).run(block);
+      });
     }
   });
   if (b.grad_sinks)

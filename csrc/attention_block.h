@@ -15,6 +15,11 @@ IC_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 IC_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 IC_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
+struct Span {
+  int64_t begin, end;
+  int64_t size() const { return end > begin ? end - begin : 0; }
+};
+
 // ---- sequences ----
 
 using Sequence = AttentionSequence;
@@ -49,14 +54,20 @@ IC_INLINE Vec where_seen(int64_t v, int64_t a, int64_t z, Vec x, Vec other) {
 struct Rows {
   char* base;
   int64_t token, head;  // strides in bytes
-  int64_t group;        // rows of one token: its query heads
+  uint32_t group;       // rows of one token: its query heads
   const int32_t* table = nullptr;
-  int64_t block_size = 0, block = 0;
+  uint32_t block_size = 0;
+  int64_t block = 0;
 
-  char* at(int64_t row) const {
-    if (table) return base + table[row / block_size] * block + row % block_size * token;
+  IC_INLINE char* at(int64_t row) const {
+    const uint32_t r = static_cast<uint32_t>(row);
+    if (table) return base + table[r / block_size] * block + r % block_size * token;
     if (group == 1) return base + row * token;
-    return base + row / group * token + row % group * head;
+    return base + r / group * token + r % group * head;
+  }
+  IC_INLINE void prefetch(int64_t row, int64_t bytes) const {
+    const char* from = at(row);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
   }
 };
 
@@ -65,7 +76,8 @@ IC_INLINE int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 
 Rows query_rows(const AttentionTensor& t, Dtype dtype, const Sequence& s, int64_t kv_head) {
   const int64_t size = bytes_of(dtype);
   const int64_t first = s.index * t.batch + s.first_query * t.token + kv_head * s.group * t.head;
-  return {static_cast<char*>(t.data) + first * size, t.token * size, t.head * size, s.group};
+  return {static_cast<char*>(t.data) + first * size, t.token * size, t.head * size,
+          static_cast<uint32_t>(s.group)};
 }
 
 Rows key_rows(const AttentionArgs& a, const AttentionTensor& t, const Sequence& s,
@@ -79,94 +91,39 @@ Rows key_rows(const AttentionArgs& a, const AttentionTensor& t, const Sequence& 
             0,
             1,
             a.pages.block_table + s.index * a.pages.table_row,
-            a.pages.block_size,
+            static_cast<uint32_t>(a.pages.block_size),
             block * size};
   }
   return {base + (s.index * t.batch + s.first_key * t.token) * size, t.token * size, 0, 1};
 }
 
-// ---- packing: rows become float32, padded to whole vectors with 0 ----
-
-template <class T>
-IC_INLINE Vec load_some(const T* from, int64_t n) {
-  return n >= kLanes ? load(from) : load_partial(from, static_cast<int>(n), 0.0f);
-}
-
-// Finite as long as all that was added is.
-IC_INLINE Vec add_zero_times(Vec sum, Vec x) { return fma(x, broadcast(0.0f), sum); }
-
-// Row-major (n, padded), times `factor`. Returns whether all is finite.
-template <class T>
-bool pack_rows_of(const Rows& rows, int64_t first, int64_t n, int64_t dim, float factor,
-                  float* to) {
-  const int64_t padded = round_up(dim, kLanes);
-  Vec check = broadcast(0.0f);
-  for (int64_t i = 0; i < n; ++i) {
-    const T* from = reinterpret_cast<const T*>(rows.at(first + i));
-    for (int64_t d = 0; d < dim; d += kLanes) {
-      const Vec x = load_some(from + d, dim - d) * broadcast(factor);
-      check = add_zero_times(check, x);
-      store(to + i * padded + d, x);
-    }
-  }
-  return reduce_add(check) == 0.0f;
-}
-
-// Keys as columns, for multiply.
-template <class T>
-void pack_columns_of(const Rows& rows, int64_t first, int64_t n, int64_t dim, float* to) {
-  pack_columns<false>(
-      [&](int64_t i)
-          __attribute__((always_inline)) { return reinterpret_cast<const T*>(rows.at(first + i)); },
-      n, dim, to);
-}
-
-bool pack_rows(Dtype dtype, const Rows& rows, int64_t first, int64_t n, int64_t dim, float factor,
-               float* to) {
-  switch (dtype) {
-    case Dtype::kBFloat16:
-      return pack_rows_of<BFloat16>(rows, first, n, dim, factor, to);
-    case Dtype::kFloat16:
-      return pack_rows_of<Float16>(rows, first, n, dim, factor, to);
-    default:
-      return pack_rows_of<float>(rows, first, n, dim, factor, to);
-  }
-}
-
-void pack_columns(Dtype dtype, const Rows& rows, int64_t first, int64_t n, int64_t dim, float* to) {
-  switch (dtype) {
-    case Dtype::kBFloat16:
-      return pack_columns_of<BFloat16>(rows, first, n, dim, to);
-    case Dtype::kFloat16:
-      return pack_columns_of<Float16>(rows, first, n, dim, to);
-    default:
-      return pack_columns_of<float>(rows, first, n, dim, to);
+// f(element) with a null pointer to a value of the tensor's type.
+template <Word kWord, class F>
+IC_INLINE void with_element(Dtype dtype, F&& f) {
+  if constexpr (kWord != Word::kFloat) {
+    f(static_cast<BFloat16*>(nullptr));
+  } else if (dtype == Dtype::kBFloat16) {
+    f(static_cast<BFloat16*>(nullptr));
+  } else if (dtype == Dtype::kFloat16) {
+    f(static_cast<Float16*>(nullptr));
+  } else {
+    f(static_cast<float*>(nullptr));
   }
 }
 
 // One row of `dim` floats, times `factor`, rounded to the tensor's element type.
-template <class T>
-IC_INLINE void store_row_of(const float* from, int64_t dim, float factor, char* to) {
-  for (int64_t d = 0; d < dim; d += kLanes) {
-    const Vec x = load(from + d) * broadcast(factor);
-    T* target = reinterpret_cast<T*>(to) + d;
-    if (dim - d >= kLanes) {
-      store(target, x);
-    } else {
-      store_partial(target, x, static_cast<int>(dim - d));
-    }
-  }
-}
-
 void store_row(Dtype dtype, const float* from, int64_t dim, float factor, char* to) {
-  switch (dtype) {
-    case Dtype::kBFloat16:
-      return store_row_of<BFloat16>(from, dim, factor, to);
-    case Dtype::kFloat16:
-      return store_row_of<Float16>(from, dim, factor, to);
-    default:
-      return store_row_of<float>(from, dim, factor, to);
-  }
+  with_element<Word::kFloat>(dtype, [&](auto* element) __attribute__((always_inline)) {
+    auto* target = reinterpret_cast<decltype(element)>(to);
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      const Vec x = load(from + d) * broadcast(factor);
+      if (dim - d >= kLanes) {
+        store(target + d, x);
+      } else {
+        store_partial(target + d, x, static_cast<int>(dim - d));
+      }
+    }
+  });
 }
 
 // 0 in every head of tokens begin .. end - 1 of a packed tensor: rows that belong to no sequence.
@@ -179,44 +136,183 @@ void clear_tokens(const AttentionTensor& t, Dtype dtype, int64_t heads, int64_t 
                        dim * size);
 }
 
-// ---- products ----
+// ---- rows as operands of multiply (tile.h) ----
+//
+// bfloat16 queries over bfloat16 keys are multiplied as pairs, all else as float32.
 
-// Dot products over the head dim are chains of kDepth terms, added up: half the rounding error of
+constexpr int64_t words_of(Word word, int64_t n) { return word == Word::kFloat ? n : (n + 1) / 2; }
+
+IC_INLINE Word word_of(const AttentionArgs& a) {
+  return a.dtype == Dtype::kBFloat16 && a.kv_dtype == Dtype::kBFloat16 ? pair_word() : Word::kFloat;
+}
+
+// f with the word as a type.
+template <Word kWord>
+struct WordTag {
+  static constexpr Word word = kWord;
+};
+template <class F>
+IC_INLINE void with_word(Word word, F&& f) {
+  if (word == Word::kFloat) return f(WordTag<Word::kFloat>{});
+#if defined(__AVX512F__)
+  if (word == Word::kPair) return f(WordTag<Word::kPair>{});
+#endif
+  f(WordTag<Word::kSplit>{});
+}
+
+// Sums along the head dim, operand a: rows first .. first + n - 1, `ld` words each.
+template <Word kWord>
+void pack_queries(Dtype dtype, const Rows& rows, int64_t first, int64_t n, int64_t dim, float* to,
+                  int64_t ld) {
+  with_element<kWord>(dtype, [&](auto* element) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < n; ++i)
+      pack_row<kWord != Word::kFloat>(reinterpret_cast<decltype(element)>(rows.at(first + i)), dim,
+                                      to + i * ld);
+  });
+}
+
+// The same, operand b: keys as columns, with their sign turned if `negative`.
+template <Word kWord>
+void pack_keys(Dtype dtype, const Rows& rows, int64_t first, int64_t n, int64_t dim, bool negative,
+               float* to) {
+  with_element<kWord>(dtype, [&](auto* element) __attribute__((always_inline)) {
+    pack_columns<kWord != Word::kFloat>(
+        [&](int64_t i) __attribute__((always_inline)) {
+          if (i + kLanes < n) rows.prefetch(first + i + kLanes, dim * sizeof *element);
+          return reinterpret_cast<decltype(element)>(rows.at(first + i));
+        },
+        n, dim, to);
+  });
+  if (!negative) return;
+  const VecInt sign = broadcast_int(kWord == Word::kFloat ? INT32_MIN : INT32_MIN | 1 << 15);
+  const int64_t words = round_up(n, kPanel) * words_of(kWord, dim);
+  for (int64_t i = 0; i < words; i += kLanes) store(to + i, from_bits(bits(load(to + i)) ^ sign));
+}
+
+// Sums across rows, operand b: rows begin .. end - 1, padded to whole vectors. Pairs are counted from
+// row `base`; where begin or end splits one, the row outside is 0. Returns whether all is finite.
+template <Word kWord>
+bool pack_values(Dtype dtype, const Rows& rows, int64_t base, int64_t begin, int64_t end,
+                 int64_t dim, float* to, int64_t ld) {
+  constexpr int64_t kAhead = 8;  // rows
+  Vec check = broadcast(0.0f);
+  const auto put = [&](Vec words, float* at) __attribute__((always_inline)) {
+    store(at, words);
+    check = multiply_add<kWord>(words, broadcast(0.0f), check);
+  };
+  with_element<kWord>(dtype, [&](auto* element) __attribute__((always_inline)) {
+    using T = decltype(element);
+    if constexpr (kWord == Word::kFloat) {
+      for (int64_t i = begin; i < end; ++i, to += ld) {
+        if (i + kAhead < end) rows.prefetch(i + kAhead, dim * sizeof *element);
+        const T from = reinterpret_cast<T>(rows.at(i));
+        for (int64_t d = 0; d < dim; d += kLanes) put(load_words<false>(from + d, dim - d), to + d);
+      }
+    } else {
+      const BFloat16 zeros[kAttentionMaxDim] = {};
+      for (int64_t i = begin - (begin - base) % 2; i < end; i += 2, to += ld) {
+        if (i + kAhead + 1 < end) {
+          rows.prefetch(i + kAhead, dim * sizeof *element);
+          rows.prefetch(i + kAhead + 1, dim * sizeof *element);
+        }
+        const BFloat16* early = i < begin ? zeros : reinterpret_cast<const BFloat16*>(rows.at(i));
+        const BFloat16* late = i + 1 < end ? reinterpret_cast<const BFloat16*>(rows.at(i + 1)) : zeros;
+        for (int64_t d = 0; d < dim; d += kLanes) put(interleave(early + d, late + d, dim - d), to + d);
+      }
+    }
+  });
+  return reduce_add(check) == 0.0f;
+}
+
+// Bits of bfloat16 in the high halves.
+IC_INLINE VecInt round_to_high_half(Vec x) {
+  const VecInt b = bits(x), odd = shift_right(b, 16) & broadcast_int(1);
+  const VecInt rounded = b + odd + broadcast_int(0x7fff);
+  return select(x == x, rounded, b | broadcast_int(0x400000));
+}
+
+// 32 neighbours along the sum as 16 words.
+template <Word kWord>
+IC_INLINE void store_neighbours(float* to, Vec first, Vec second) {
+  if constexpr (kWord == Word::kPair) {
+#if defined(__AVX512F__)
+    NativeFloat words;
+    asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(words) : "v"(second.part[0]), "v"(first.part[0]));
+    __builtin_memcpy(to, &words, sizeof words);
+#endif
+  } else {
+    store(reinterpret_cast<BFloat16*>(to), first);
+    store(reinterpret_cast<BFloat16*>(to) + kLanes, second);
+  }
+}
+
+// 16 sums' words, each of an earlier and a later element.
+template <Word kWord>
+IC_INLINE void store_pairs(float* to, Vec early, Vec late) {
+#if defined(__AVX512F__)
+  if constexpr (kWord == Word::kPair) {
+    __m512i words;  // all of `early`, then all of `late`
+    asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(words) : "v"(late.part[0]), "v"(early.part[0]));
+    const __m512i halves = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                            8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(halves, words));
+    return;
+  }
+#endif
+  const VecInt low = shift_right(round_to_high_half(early), 16) & broadcast_int(0xffff);
+  store(to, from_bits(low | (round_to_high_half(late) & broadcast_int(-65536))));
+}
+
+// Any number of rows.
+template <Layout kLayout = Layout::kRows>
+IC_INLINE void multiply_rows(Word word, Tile t, int64_t rows, int64_t columns) {
+  for (; rows > 0; rows -= kTileRows) {
+    multiply<kLayout>(word, t, smaller(rows, kTileRows), columns);
+    t.a = static_cast<const float*>(t.a) + kTileRows * (kLayout == Layout::kRows ? t.lda : 1);
+    t.c += kTileRows * t.ldc;
+    if (t.keep && t.keep != kOnes) t.keep += kTileRows;
+  }
+}
+
+// Dot products over the head dim are chains of kDepth words, added up: half the rounding error of
 // one chain.
 constexpr int64_t kDepth = 64;
 
 // Dot products of `rows` query rows with the keys of vectors v0 .. v1 - 1 of packed columns.
-IC_INLINE void multiply_columns(const float* q, int64_t ldq, const float* columns, int64_t dim,
-                                int64_t rows, int64_t v0, int64_t v1, float* to, int64_t ld) {
+IC_INLINE void multiply_columns(Word word, const float* q, int64_t ldq, const float* columns,
+                                int64_t words, int64_t rows, int64_t v0, int64_t v1, float* to,
+                                int64_t ld) {
   constexpr int64_t kVecs = kPanel / kLanes;
   for (int64_t v = v0; v < v1;) {
     const int64_t end = smaller(v1, (v / kVecs + 1) * kVecs);
-    const float* panel = columns + v / kVecs * kPanel * dim + v % kVecs * kLanes;
-    for (int64_t d = 0; d < dim; d += kDepth)
-      multiply(Word::kFloat,
-               {q + d, panel + d * kPanel, to + v * kLanes, d > 0 ? kOnes : nullptr, ldq, kPanel,
-                ld, smaller(kDepth, dim - d)},
-               rows, (end - v) * kLanes);
+    const float* panel = columns + v / kVecs * kPanel * words + v % kVecs * kLanes;
+    for (int64_t d = 0; d < words; d += kDepth)
+      multiply_rows(word,
+                    {q + d, panel + d * kPanel, to + v * kLanes, d > 0 ? kOnes : nullptr, ldq,
+                     kPanel, ld, smaller(kDepth, words - d)},
+                    rows, (end - v) * kLanes);
     v = end;
   }
 }
 
-// to[i] = x[i] . y[i] for n packed rows, bit for bit as multiply_columns would form it. Up to 15
-// elements past to[n - 1] are written.
-IC_INLINE void dot_rows(const float* x, const float* y, int64_t n, int64_t padded, float* to) {
+// to[i] = x[i] . y[i] for n rows of pack_queries, bit for bit as multiply_columns would form it. Up
+// to 15 elements past to[n - 1] are written.
+template <Word kWord>
+void dot_rows(const float* x, const float* y, int64_t n, int64_t ld, float* to) {
   for (int64_t i0 = 0; i0 < n; i0 += kLanes) {
     Vec sum = broadcast(0.0f), chain = sum;
-    for (int64_t d = 0; d < padded; d += kLanes) {
+    for (int64_t d = 0; d < ld; d += kLanes) {
       Vec a[kLanes], b[kLanes];
       for (int64_t i = 0; i < kLanes; ++i) {
-        const int64_t row = smaller(i0 + i, n - 1) * padded + d;
+        const int64_t row = smaller(i0 + i, n - 1) * ld + d;
         a[i] = load(x + row);
         b[i] = load(y + row);
       }
       transpose(a);
       transpose(b);
-      for (int64_t i = 0; i < kLanes; ++i) chain = fma(a[i], b[i], chain);
-      if ((d + kLanes) % kDepth == 0 || d + kLanes == padded) {
+      for (int64_t i = 0; i < kLanes; ++i)
+        chain = multiply_add<kWord>(a[i], b[i], chain);
+      if ((d + kLanes) % kDepth == 0 || d + kLanes == ld) {
         sum = sum + chain;
         chain = broadcast(0.0f);
       }
@@ -227,10 +323,9 @@ IC_INLINE void dot_rows(const float* x, const float* y, int64_t n, int64_t padde
 
 // ---- logits ----
 
-// scale's sign goes into the packed queries, so that the largest product gives the largest logit.
-IC_INLINE float sign_of(float x) { return x < 0 ? -1.0f : 1.0f; }
-
-// How a product q . k (its sign turned) becomes a logit.
+// How a product q . k, or q . -k where the scale is negative, becomes a logit: the largest product
+// gives the largest logit. Without softcap and slopes the logit is scale times the product, and
+// `plain` leaves it to the exponential to multiply.
 struct Logits {
   float scale, softcap;  // |scale|; softcap 0: none
   float slope;           // of this row's head
@@ -249,6 +344,19 @@ IC_INLINE Vec logits_of(Vec x, const Logits& l, int64_t position, int64_t key, V
   const VecInt sign = shift_right(distance, 31);
   const Vec far = int_to_float((distance ^ sign) - sign);
   return x - broadcast(l.slope) * far;
+}
+
+IC_INLINE float exponential(float x) { return lanes_of(exp2_normal(broadcast(x * kLog2E)))[0]; }
+
+// Weights that become bfloat16 need no more.
+template <Word kWord>
+constexpr int kExpDegree = kWord == Word::kFloat ? 6 : 4;
+
+IC_INLINE bool plain_logits(const AttentionArgs& a) { return !(a.softcap > 0) && !a.slopes; }
+
+IC_INLINE Logits logits_for(const AttentionArgs& a, const Sequence& s, int64_t head) {
+  return {__builtin_fabsf(a.scale), a.softcap,
+          a.slopes ? a.slopes[s.index * a.slopes_batch + head] : 0.0f};
 }
 
 // ---- scratch: one slot per thread at work ----

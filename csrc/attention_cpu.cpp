@@ -11,39 +11,43 @@
 namespace ic::IC_ISA {
 namespace {
 
-// Logits (times scale) of keys a .. z - 1 become exponentials against the largest so far, all
-// others in vectors v0 .. v1 - 1 become 0; their sums, lane by lane, join `sums`. Returns the
-// factor that takes what was summed before to the new maximum.
-IC_INLINE float softmax_row(float* s, int64_t v0, int64_t v1, int64_t a, int64_t z, float scale,
-                            float* maximum, float* sums) {
-  const Vec zero = broadcast(0.0f), lowest = broadcast(-__builtin_inff());
-  if (z <= a) {
-    for (int64_t v = v0; v < v1; ++v) store(s + v * kLanes, zero);
-    return 1.0f;
+// The largest of the logits s that a row sees, keys a .. z - 1. In vectors v0 .. v1 - 1, both even,
+// all others become -inf.
+IC_INLINE float hide_and_find_maximum(float* s, int64_t v0, int64_t v1, int64_t a, int64_t z) {
+  const Vec lowest = broadcast(-__builtin_inff());
+  const auto hide = [&](int64_t v) __attribute__((always_inline)) {
+    store(s + v * kLanes, where_seen(v, a, z, load(s + v * kLanes), lowest));
+  };
+  for (int64_t v = v0; v * kLanes < a; ++v) hide(v);
+  for (int64_t v = z / kLanes; v < v1; ++v) hide(v);
+  Vec top = lowest, other = lowest;
+  for (int64_t v = v0; v < v1; v += 2) {
+    top = max(load(s + v * kLanes), top);
+    other = max(load(s + (v + 1) * kLanes), other);
   }
-  const int64_t first = a / kLanes, last = (z - 1) / kLanes;
-  Vec top = lowest;
-  for (int64_t v = first; v <= last; ++v) {
-    const Vec x = where_seen(v, a, z, load(s + v * kLanes) * broadcast(scale), lowest);
-    store(s + v * kLanes, x);
-    top = max(x, top);
+  return reduce_max(max(top, other));
+}
+
+// The weights of vectors v0 .. v1 - 1, both even: powers of two of log2_scale (s - maximum), as
+// words. Returns their sums, lane by lane.
+template <Word kWord>
+IC_INLINE Vec weights_of(const float* s, int64_t v0, int64_t v1, float maximum, float log2_scale,
+                         float* words) {
+  const Vec top = broadcast(maximum), c = broadcast(log2_scale);
+  Vec sum = broadcast(0.0f), other_sum = sum;
+  for (int64_t v = v0; v < v1; v += 2) {
+    const Vec first = exp2_normal<kExpDegree<kWord>>((load(s + v * kLanes) - top) * c);
+    const Vec second = exp2_normal<kExpDegree<kWord>>((load(s + (v + 1) * kLanes) - top) * c);
+    if constexpr (kWord == Word::kFloat) {
+      store(words + v * kLanes, first);
+      store(words + (v + 1) * kLanes, second);
+    } else {
+      store_neighbours<kWord>(words + v / 2 * kLanes, first, second);
+    }
+    sum = sum + first;
+    other_sum = other_sum + second;
   }
-  const float before = *maximum, here = reduce_max(top);
-  const float now = here > before ? here : before;
-  *maximum = now;
-  Vec sum = zero;
-  for (int64_t v = v0; v < first; ++v) store(s + v * kLanes, zero);
-  for (int64_t v = first; v <= last; ++v) {
-    const Vec p = exp_normal(load(s + v * kLanes) - broadcast(now));
-    store(s + v * kLanes, p);
-    sum = sum + p;
-  }
-  for (int64_t v = last + 1; v < v1; ++v) store(s + v * kLanes, zero);
-  const float keep = before == now           ? 1.0f
-                     : before < -__FLT_MAX__ ? 0.0f
-                                             : lanes_of(exp_normal(broadcast(before - now)))[0];
-  store(sums, fma(load(sums), broadcast(keep), sum));
-  return keep;
+  return sum + other_sum;
 }
 
 // x (D) turned by the angles of a position, each product rounded as in plain torch.
@@ -71,6 +75,7 @@ void round_to(Dtype dtype, float* x, int64_t dim) {
   }
 }
 
+template <Word kWord>
 class ForwardTask {
  public:
   ForwardTask(const AttentionArgs& args, const AttentionPlan& plan, const Sequence& s,
@@ -79,95 +84,122 @@ class ForwardTask {
     Arena arena(scratch);
     columns_ = arena.take(plan.keys * plan.padded);
     values_ = arena.take(plan.keys * plan.padded);
-    packed_q_ = arena.take(plan.rows * plan.padded);
+    q_ = arena.take(plan.rows * plan.padded);
     out_ = arena.take(plan.rows * plan.padded);
     sums_ = arena.take(plan.rows * kLanes);
     maximum_ = arena.take(plan.rows);
     logits_ = arena.take(kTileRows * plan.keys);
-    plain_ = !(a_.softcap > 0) && !a_.slopes;
+    weights_ = kWord == Word::kFloat ? logits_ : arena.take(kTileRows * plan.keys / 2);
+    words_ = words_of(kWord, a_.dim);
+    q_row_ = round_up(words_, kLanes);
+    plain_ = plain_logits(a_);
+    log2_scale_ = plain_ ? __builtin_fabsf(a_.scale) * kLog2E : kLog2E;
+    if (log2_scale_ < __FLT_MIN__) log2_scale_ = __FLT_MIN__;  // a hidden logit, -inf, stays that
   }
 
   // Rows begin .. end - 1.
   void run(int64_t begin, int64_t end) {
-    pack_queries(begin, end);
+    pack(begin, end);
     const int64_t n = end - begin;
     __builtin_memset(sums_, 0, n * kLanes * sizeof(float));
     for (int64_t i = 0; i < n; ++i) maximum_[i] = -__builtin_inff();
-    const Rows k = key_rows(a_, a_.k, s_, kv_head_), v = key_rows(a_, a_.v, s_, kv_head_);
+    const Rows k = key_rows(a_, a_.k, s_, kv_head_);
+    v_ = key_rows(a_, a_.v, s_, kv_head_);
     const int64_t end_key = s_.end_seen(end - 1);
     for (int64_t key = s_.first_seen(begin) / plan_.keys * plan_.keys; key < end_key;
          key += plan_.keys) {
       const int64_t n_keys = smaller(plan_.keys, end_key - key);
-      pack_columns(a_.kv_dtype, k, key, n_keys, a_.dim, columns_);
-      const bool finite = pack_rows(a_.kv_dtype, v, key, n_keys, a_.dim, 1.0f, values_);
+      pack_keys<kWord>(a_.kv_dtype, k, key, n_keys, a_.dim, a_.scale < 0, columns_);
+      finite_ = pack_values<kWord>(a_.kv_dtype, v_, key, key, key + n_keys, a_.dim, values_, plan_.padded);
       for (int64_t r = begin; r < end; r += kTileRows)
-        add_keys(r, smaller(kTileRows, end - r), r - begin, key, n_keys, finite);
+        add_keys(r, smaller(kTileRows, end - r), r - begin, key, n_keys);
     }
     for (int64_t r = begin; r < end; ++r) finish(r, r - begin);
   }
 
  private:
-  void pack_queries(int64_t begin, int64_t end) {
+  void pack(int64_t begin, int64_t end) {
     const Rows rows = query_rows(a_.q, a_.dtype, s_, kv_head_);
-    if (a_.dtype == Dtype::kFloat32 && s_.group == 1 && !(a_.scale < 0) && !a_.pages.cos) {
-      q_ = reinterpret_cast<const float*>(rows.at(begin));
-      q_row_ = a_.q.token;
+    if (!a_.pages.cos) {
+      pack_queries<kWord>(a_.dtype, rows, begin, end - begin, a_.dim, q_, q_row_);
       return;
     }
-    q_ = packed_q_;
-    q_row_ = plan_.padded;
-    pack_rows(a_.dtype, rows, begin, end - begin, a_.dim, sign_of(a_.scale), packed_q_);
-    if (!a_.pages.cos) return;
+    float turned[kAttentionMaxDim];
     for (int64_t r = begin; r < end; ++r) {
-      float* x = packed_q_ + (r - begin) * plan_.padded;
-      rotate_at(a_, s_, r / s_.group, x);
-      round_to(a_.dtype, x, a_.dim);
+      pack_queries<Word::kFloat>(a_.dtype, rows, r, 1, a_.dim, turned, 0);
+      rotate_at(a_, s_, r / s_.group, turned);
+      float* to = q_ + (r - begin) * q_row_;
+      if (kWord != Word::kFloat) {
+        store_row(a_.dtype, turned, a_.dim, 1.0f, reinterpret_cast<char*>(to));
+      } else {
+        round_to(a_.dtype, turned, a_.dim);
+        __builtin_memcpy(to, turned, a_.dim * sizeof(float));
+      }
     }
   }
 
   int64_t head_of(int64_t row) const { return kv_head_ * s_.group + row % s_.group; }
 
+  // The keys of a block from `key` on that a row sees, counted from there.
+  Span seen_by(int64_t row, int64_t key, int64_t n_keys) const {
+    return {larger(0, s_.first_seen(row) - key), smaller(n_keys, s_.end_seen(row) - key)};
+  }
+
   // The packed block of n_keys keys from `key` on, for `rows` rows from r, the i-th of this task.
-  void add_keys(int64_t r, int64_t rows, int64_t i, int64_t key, int64_t n_keys, bool finite) {
-    const int64_t a = larger(0, s_.first_seen(r) - key);
-    const int64_t z = smaller(n_keys, s_.end_seen(r + rows - 1) - key);
-    if (z <= a) return;
-    const int64_t v0 = a / kLanes, v1 = (z + kLanes - 1) / kLanes, padded = plan_.padded;
-    multiply_columns(q_ + i * q_row_, q_row_, columns_, a_.dim, rows, v0, v1, logits_, plan_.keys);
-    float keep[kTileRows];
+  void add_keys(int64_t r, int64_t rows, int64_t i, int64_t key, int64_t n_keys) {
+    const Span tile{seen_by(r, key, n_keys).begin, seen_by(r + rows - 1, key, n_keys).end};
+    if (tile.size() == 0) return;
+    const int64_t v0 = tile.begin / kLanes, v1 = (tile.end + kLanes - 1) / kLanes;
+    const int64_t padded = plan_.padded, keys = plan_.keys, ld = words_of(kWord, keys);
+    multiply_columns(kWord, q_ + i * q_row_, q_row_, columns_, words_, rows, v0, v1, logits_, keys);
+    const int64_t w0 = v0 & ~1, w1 = (v1 + 1) & ~1;
+    float maximum[kTileRows], keep[kTileRows];
     for (int64_t m = 0; m < rows; ++m) {
-      const int64_t row_a = larger(0, s_.first_seen(r + m) - key);
-      const int64_t row_z = smaller(n_keys, s_.end_seen(r + m) - key);
-      float* logits = logits_ + m * plan_.keys;
+      const Span seen = seen_by(r + m, key, n_keys);
+      float* logits = logits_ + m * keys;
       if (!plain_) to_logits(logits, v0, v1, r + m, key);
-      const float scale = plain_ ? __builtin_fabsf(a_.scale) : 1.0f;
-      keep[m] = softmax_row(logits, v0, v1, row_a, row_z, scale, maximum_ + i + m,
-                            sums_ + (i + m) * kLanes);
+      maximum[m] = hide_and_find_maximum(logits, w0, w1, seen.begin, seen.end);
+    }
+    for (int64_t m = 0; m < rows; ++m) {
+      const float before = maximum_[i + m], now = maximum[m] > before ? maximum[m] : before;
+      maximum_[i + m] = now;
+      keep[m] = before == now
+                    ? 1.0f
+                    : lanes_of(exp2_normal(broadcast((before - now) * log2_scale_)))[0];
+    }
+    for (int64_t m = 0; m < rows; ++m) {
+      // Without a key so far there may be no maximum: any number serves, the weights are 0.
+      const bool blind = seen_by(r + m, key, n_keys).size() == 0;
+      const Vec sum = weights_of<kWord>(logits_ + m * keys, w0, w1, blind ? 0.0f : maximum_[i + m],
+                                        log2_scale_, weights_ + m * ld);
+      float* sums = sums_ + (i + m) * kLanes;
+      store(sums, fma(load(sums), broadcast(keep[m]), sum));
     }
     const bool fresh = s_.first_seen(r) >= key;  // nothing was added to these rows before
-    if (finite) {
-      multiply(Word::kFloat,
-               {logits_ + a, values_ + a * padded, out_ + i * padded, fresh ? nullptr : keep,
-                plan_.keys, padded, padded, z - a},
+    if (finite_) {
+      const int64_t first = tile.begin / kElements, last = words_of(kWord, tile.end);
+      multiply(kWord,
+               {weights_ + first, values_ + first * padded, out_ + i * padded,
+                fresh ? nullptr : keep, ld, padded, padded, last - first},
                rows, padded);
       return;
     }
-    // A value is infinite or NaN: each row takes exactly the keys that it sees.
+    // A value is infinite or NaN: each row takes exactly the values that it sees.
     if (fresh) __builtin_memset(out_ + i * padded, 0, rows * padded * sizeof(float));
     for (int64_t m = 0; m < rows; ++m) {
-      const int64_t row_a = larger(0, s_.first_seen(r + m) - key);
-      const int64_t row_z = smaller(n_keys, s_.end_seen(r + m) - key);
-      if (row_z <= row_a) continue;
-      multiply(Word::kFloat,
-               {logits_ + m * plan_.keys + row_a, values_ + row_a * padded, out_ + (i + m) * padded,
-                keep + m, plan_.keys, padded, padded, row_z - row_a},
+      const Span seen = seen_by(r + m, key, n_keys);
+      if (seen.size() == 0) continue;
+      pack_values<kWord>(a_.kv_dtype, v_, key, key + seen.begin, key + seen.end, a_.dim, values_, padded);
+      const int64_t first = seen.begin / kElements, last = words_of(kWord, seen.end);
+      multiply(kWord,
+               {weights_ + m * ld + first, values_, out_ + (i + m) * padded, keep + m, ld, padded,
+                padded, last - first},
                1, padded);
     }
   }
 
   void to_logits(float* x, int64_t v0, int64_t v1, int64_t row, int64_t key) const {
-    const float slope = a_.slopes ? a_.slopes[s_.index * a_.slopes_batch + head_of(row)] : 0.0f;
-    const Logits l{__builtin_fabsf(a_.scale), a_.softcap, slope};
+    const Logits l = logits_for(a_, s_, head_of(row));
     for (int64_t v = v0; v < v1; ++v)
       store(x + v * kLanes,
             logits_of(load(x + v * kLanes), l, s_.position(row), key + v * kLanes, nullptr));
@@ -185,26 +217,29 @@ class ForwardTask {
       return;
     }
     float sum = reduce_add(load(sums_ + i * kLanes)), top = maximum_[i];
+    if (plain_) top *= __builtin_fabsf(a_.scale);
     float factor = 1.0f;
     if (a_.sinks) {
       const float before = top;
       top = before > sink ? before : sink;
-      factor = lanes_of(exp_normal(broadcast(before - top)))[0];
-      sum = sum * factor + lanes_of(exp_normal(broadcast(sink - top)))[0];
+      factor = exponential(before - top);
+      sum = sum * factor + exponential(sink - top);
     }
     store_row(a_.dtype, out_ + i * plan_.padded, a_.dim, factor / sum, out.at(row));
     *lse = top + (sum > 0.0f ? lanes_of(log(broadcast(sum)))[0] : sum);  // NaN stays
   }
 
+  static constexpr int64_t kElements = elements_of(kWord);
+
   const AttentionArgs& a_;
   const AttentionPlan& plan_;
   const Sequence& s_;
-  int64_t kv_head_;
-  float *columns_, *values_, *packed_q_, *out_, *logits_;
+  int64_t kv_head_, words_, q_row_;
+  Rows v_;
+  float *columns_, *values_, *q_, *out_, *logits_, *weights_;
   float *maximum_, *sums_;  // running softmax: (rows,) and (rows, 16)
-  const float* q_;          // (rows, D), packed or in place
-  int64_t q_row_;
-  bool plain_;
+  float log2_scale_;
+  bool plain_, finite_ = true;
 };
 
 Rows new_rows(const AttentionArgs& a, const AttentionTensor& t, const Sequence& s,
@@ -220,13 +255,13 @@ void append(const AttentionArgs& a, const Sequence& s, int64_t t) {
   const int64_t at = p.cache_seqlens[s.index] + t;
   float row[kAttentionMaxDim];
   for (int64_t h = 0; h < a.kv_heads; ++h) {
-    pack_rows(a.dtype, new_rows(a, p.k_new, s, h), t, 1, a.dim, 1.0f, row);
+    pack_queries<Word::kFloat>(a.dtype, new_rows(a, p.k_new, s, h), t, 1, a.dim, row, 0);
     if (p.cos) {
       rotate_at(a, s, t, row);
       round_to(a.dtype, row, a.dim);
     }
     store_row(a.kv_dtype, row, a.dim, 1.0f, key_rows(a, a.k, s, h).at(at));
-    pack_rows(a.dtype, new_rows(a, p.v_new, s, h), t, 1, a.dim, 1.0f, row);
+    pack_queries<Word::kFloat>(a.dtype, new_rows(a, p.v_new, s, h), t, 1, a.dim, row, 0);
     store_row(a.kv_dtype, row, a.dim, 1.0f, key_rows(a, a.v, s, h).at(at));
   }
 }
@@ -266,6 +301,7 @@ void attention_cpu(const AttentionArgs& a) {
   while (block > 48 && units * ((rows + block - 1) / block) < 4 * a.threads) block /= 2;
   const int64_t blocks = (rows + block - 1) / block, tasks = units * blocks;
   const double flops = 4.0 * extent.pairs * static_cast<double>(a.heads * a.dim);
+  const Word word = word_of(a);
   Slot::clear(a.workspace, plan.forward_floats, a.threads);
   // Last rows first: they see the most keys, and no long task is left for the end.
   parallel_rows(tasks, grain_of(flops, tasks), a.threads, [&](int64_t begin, int64_t end) {
@@ -274,8 +310,10 @@ void attention_cpu(const AttentionArgs& a) {
       const int64_t unit = task % units, first = (blocks - 1 - task / units) * block;
       const Sequence s = attention_sequence(a, unit / a.kv_heads);
       if (first >= s.rows()) continue;
-      ForwardTask(a, plan, s, unit % a.kv_heads, slot.scratch())
-          .run(first, smaller(s.rows(), first + block));
+      with_word(word, [&](auto tag) {
+        ForwardTask<tag.word>(a, plan, s, unit % a.kv_heads, slot.scratch())
+            .run(first, smaller(s.rows(), first + block));
+      });
     }
   });
 }

@@ -20,7 +20,7 @@ namespace ic::IC_ISA {
 enum class Word : int { kFloat, kPair, kSplit };
 
 // Elements in a word, along the sum.
-IC_INLINE int64_t elements_of(Word word) { return word == Word::kFloat ? 1 : 2; }
+constexpr int64_t elements_of(Word word) { return word == Word::kFloat ? 1 : 2; }
 
 // The word for pairs of bfloat16 here.
 IC_INLINE Word pair_word() {
@@ -167,7 +167,7 @@ IC_INLINE void load_columns(const T* const (&rows)[kLanes], int64_t n, int64_t k
     IC_UNROLL_COLUMNS
     for (int64_t i = 0; i < kLanes; ++i) {
       tile[i] = load_words<kPairs>(rows[i] + k, kStep);
-      __builtin_prefetch(rows[i] + k + 4 * kStep);
+      if (k + 4 * kStep < depth) __builtin_prefetch(rows[i] + k + 4 * kStep);
     }
   } else {
     IC_UNROLL_COLUMNS
