@@ -72,8 +72,10 @@ class Generator:
         unfinished = dict(enumerate(requests))
         for _ in self._run(requests):
             pieces = [r.take()._replace(index=i) for i, r in unfinished.items()]
+            for piece in pieces:
+                if piece.completion:
+                    del unfinished[piece.index]
             yield [piece for piece in pieces if piece.token_ids or piece.completion]
-            unfinished = {i: r for i, r in unfinished.items() if not r.completion}
 
     def stream(
         self, prompt: Sequence[int], params: SamplingParams = SamplingParams()
