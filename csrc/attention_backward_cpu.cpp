@@ -71,8 +71,8 @@ class BackwardTask {
     const Rows v = key_rows(a_, a_.v, s_, kv_head_);
     pack_keys<kWord>(a_.dtype, k_, key_, n_keys_, a_.dim, a_.scale < 0, key_columns_);
     pack_keys<kWord>(a_.dtype, v, key_, n_keys_, a_.dim, false, value_columns_);
-    keys_finite_ = pack_values<kWord>(a_.dtype, k_, key_, key_, key_ + n_keys_, a_.dim, keys_,
-                                      plan_.padded);
+    keys_finite_ =
+        pack_values<kWord>(a_.dtype, k_, key_, key_, key_ + n_keys_, a_.dim, keys_, plan_.padded);
     const Span rows{s_.first_row(key_), s_.end_row(key_ + n_keys_ - 1)};
     if (rows.size() > 0)
       for (int64_t i = rows.begin / plan_.back_rows; i * plan_.back_rows < rows.end; ++i)
@@ -203,8 +203,8 @@ class BackwardTask {
     return g;
   }
 
-  // Weights and dlogit of a group of rows, the first the i-th of its block. Vectors next to what the
-  // group sees become 0, for products over tiles of keys that reach there.
+  // Weights and dlogit of a group of rows, the first the i-th of its block. Vectors next to what
+  // the group sees become 0, for products over tiles of keys that reach there.
   void logit_gradients(int64_t r, int64_t rows, int64_t i) {
     const Span group = seen_by(r, rows);
     if (group.size() == 0) return;
@@ -215,12 +215,8 @@ class BackwardTask {
     multiply_columns(kWord, dout_ + i * q_row_, q_row_, value_columns_, words_, rows, v0, v1,
                      dweights_, keys);
     const auto row_of = [&](int64_t m) {
-      return Row{seen_by(r + m),
-                 logits_ + m * keys,
-                 dweights_ + m * keys,
-                 lse_[i + m],
-                 delta_[i + m],
-                 logits_for(a_, s_, head_of(r + m)),
+      return Row{seen_by(r + m),    logits_ + m * keys, dweights_ + m * keys,
+                 lse_[i + m],       delta_[i + m],      logits_for(a_, s_, head_of(r + m)),
                  s_.position(r + m)};
     };
     const Vec zero = broadcast(0.0f);
@@ -252,14 +248,15 @@ class BackwardTask {
           store_pairs<kWord>(dlogit + v * kLanes, a0.dlogit, b0.dlogit);
           store_pairs<kWord>(dlogit + (v + 1) * kLanes, a1.dlogit, b1.dlogit);
           store_neighbours<kWord>(rows_at + v / 2 * kLanes, a0.dlogit, a1.dlogit);
-          if (paired) store_neighbours<kWord>(rows_at + row_ld_ + v / 2 * kLanes, b0.dlogit, b1.dlogit);
+          if (paired)
+            store_neighbours<kWord>(rows_at + row_ld_ + v / 2 * kLanes, b0.dlogit, b1.dlogit);
         }
       }
     }
   }
 
-  // to += weights^T values for `keys` keys from the j-th on. Exactly the rows that see a key where a
-  // value is not finite: 0 times it would be NaN.
+  // to += weights^T values for `keys` keys from the j-th on. Exactly the rows that see a key where
+  // a value is not finite: 0 times it would be NaN.
   void add_to_keys(int64_t j, int64_t keys, const float* weights, const Rows& source, float* values,
                    bool finite, float* to) {
     const int64_t padded = plan_.padded, step = finite ? keys : 1;
@@ -276,11 +273,10 @@ class BackwardTask {
         pack_values<kWord>(a_.dtype, source, here_.begin, begin, end, a_.dim, values, padded);
         from = values;
       }
-      multiply_rows<Layout::kColumns>(
-          kWord,
-          {weights + i * ld_ + first, from, to + first * padded, keep, ld_, padded, padded,
-           words_of(kWord, end - here_.begin) - i},
-          step, padded);
+      multiply_rows<Layout::kColumns>(kWord,
+                                      {weights + i * ld_ + first, from, to + first * padded, keep,
+                                       ld_, padded, padded, words_of(kWord, end - here_.begin) - i},
+                                      step, padded);
     }
   }
 

@@ -113,17 +113,18 @@ IC_INLINE void with_element(Dtype dtype, F&& f) {
 
 // One row of `dim` floats, times `factor`, rounded to the tensor's element type.
 void store_row(Dtype dtype, const float* from, int64_t dim, float factor, char* to) {
-  with_element<Word::kFloat>(dtype, [&](auto* element) __attribute__((always_inline)) {
-    auto* target = reinterpret_cast<decltype(element)>(to);
-    for (int64_t d = 0; d < dim; d += kLanes) {
-      const Vec x = load(from + d) * broadcast(factor);
-      if (dim - d >= kLanes) {
-        store(target + d, x);
-      } else {
-        store_partial(target + d, x, static_cast<int>(dim - d));
-      }
-    }
-  });
+  with_element<Word::kFloat>(
+      dtype, [&](auto* element) __attribute__((always_inline)) {
+        auto* target = reinterpret_cast<decltype(element)>(to);
+        for (int64_t d = 0; d < dim; d += kLanes) {
+          const Vec x = load(from + d) * broadcast(factor);
+          if (dim - d >= kLanes) {
+            store(target + d, x);
+          } else {
+            store_partial(target + d, x, static_cast<int>(dim - d));
+          }
+        }
+      });
 }
 
 // 0 in every head of tokens begin .. end - 1 of a packed tensor: rows that belong to no sequence.
@@ -164,33 +165,36 @@ IC_INLINE void with_word(Word word, F&& f) {
 template <Word kWord>
 void pack_queries(Dtype dtype, const Rows& rows, int64_t first, int64_t n, int64_t dim, float* to,
                   int64_t ld) {
-  with_element<kWord>(dtype, [&](auto* element) __attribute__((always_inline)) {
-    for (int64_t i = 0; i < n; ++i)
-      pack_row<kWord != Word::kFloat>(reinterpret_cast<decltype(element)>(rows.at(first + i)), dim,
-                                      to + i * ld);
-  });
+  with_element<kWord>(
+      dtype, [&](auto* element) __attribute__((always_inline)) {
+        for (int64_t i = 0; i < n; ++i)
+          pack_row<kWord != Word::kFloat>(reinterpret_cast<decltype(element)>(rows.at(first + i)),
+                                          dim, to + i * ld);
+      });
 }
 
 // The same, operand b: keys as columns, with their sign turned if `negative`.
 template <Word kWord>
 void pack_keys(Dtype dtype, const Rows& rows, int64_t first, int64_t n, int64_t dim, bool negative,
                float* to) {
-  with_element<kWord>(dtype, [&](auto* element) __attribute__((always_inline)) {
-    pack_columns<kWord != Word::kFloat>(
-        [&](int64_t i) __attribute__((always_inline)) {
-          if (i + kLanes < n) rows.prefetch(first + i + kLanes, dim * sizeof *element);
-          return reinterpret_cast<decltype(element)>(rows.at(first + i));
-        },
-        n, dim, to);
-  });
+  with_element<kWord>(
+      dtype, [&](auto* element) __attribute__((always_inline)) {
+        pack_columns<kWord != Word::kFloat>(
+            [&](int64_t i) __attribute__((always_inline)) {
+              if (i + kLanes < n) rows.prefetch(first + i + kLanes, dim * sizeof *element);
+              return reinterpret_cast<decltype(element)>(rows.at(first + i));
+            },
+            n, dim, to);
+      });
   if (!negative) return;
   const VecInt sign = broadcast_int(kWord == Word::kFloat ? INT32_MIN : INT32_MIN | 1 << 15);
   const int64_t words = round_up(n, kPanel) * words_of(kWord, dim);
   for (int64_t i = 0; i < words; i += kLanes) store(to + i, from_bits(bits(load(to + i)) ^ sign));
 }
 
-// Sums across rows, operand b: rows begin .. end - 1, padded to whole vectors. Pairs are counted from
-// row `base`; where begin or end splits one, the row outside is 0. Returns whether all is finite.
+// Sums across rows, operand b: rows begin .. end - 1, padded to whole vectors. Pairs are counted
+// from row `base`; where begin or end splits one, the row outside is 0. Returns whether all is
+// finite.
 template <Word kWord>
 bool pack_values(Dtype dtype, const Rows& rows, int64_t base, int64_t begin, int64_t end,
                  int64_t dim, float* to, int64_t ld) {
@@ -200,27 +204,32 @@ bool pack_values(Dtype dtype, const Rows& rows, int64_t base, int64_t begin, int
     store(at, words);
     check = multiply_add<kWord>(words, broadcast(0.0f), check);
   };
-  with_element<kWord>(dtype, [&](auto* element) __attribute__((always_inline)) {
-    using T = decltype(element);
-    if constexpr (kWord == Word::kFloat) {
-      for (int64_t i = begin; i < end; ++i, to += ld) {
-        if (i + kAhead < end) rows.prefetch(i + kAhead, dim * sizeof *element);
-        const T from = reinterpret_cast<T>(rows.at(i));
-        for (int64_t d = 0; d < dim; d += kLanes) put(load_words<false>(from + d, dim - d), to + d);
-      }
-    } else {
-      const BFloat16 zeros[kAttentionMaxDim] = {};
-      for (int64_t i = begin - (begin - base) % 2; i < end; i += 2, to += ld) {
-        if (i + kAhead + 1 < end) {
-          rows.prefetch(i + kAhead, dim * sizeof *element);
-          rows.prefetch(i + kAhead + 1, dim * sizeof *element);
+  with_element<kWord>(
+      dtype, [&](auto* element) __attribute__((always_inline)) {
+        using T = decltype(element);
+        if constexpr (kWord == Word::kFloat) {
+          for (int64_t i = begin; i < end; ++i, to += ld) {
+            if (i + kAhead < end) rows.prefetch(i + kAhead, dim * sizeof *element);
+            const T from = reinterpret_cast<T>(rows.at(i));
+            for (int64_t d = 0; d < dim; d += kLanes)
+              put(load_words<false>(from + d, dim - d), to + d);
+          }
+        } else {
+          const BFloat16 zeros[kAttentionMaxDim] = {};
+          for (int64_t i = begin - (begin - base) % 2; i < end; i += 2, to += ld) {
+            if (i + kAhead + 1 < end) {
+              rows.prefetch(i + kAhead, dim * sizeof *element);
+              rows.prefetch(i + kAhead + 1, dim * sizeof *element);
+            }
+            const BFloat16* early =
+                i < begin ? zeros : reinterpret_cast<const BFloat16*>(rows.at(i));
+            const BFloat16* late =
+                i + 1 < end ? reinterpret_cast<const BFloat16*>(rows.at(i + 1)) : zeros;
+            for (int64_t d = 0; d < dim; d += kLanes)
+              put(interleave(early + d, late + d, dim - d), to + d);
+          }
         }
-        const BFloat16* early = i < begin ? zeros : reinterpret_cast<const BFloat16*>(rows.at(i));
-        const BFloat16* late = i + 1 < end ? reinterpret_cast<const BFloat16*>(rows.at(i + 1)) : zeros;
-        for (int64_t d = 0; d < dim; d += kLanes) put(interleave(early + d, late + d, dim - d), to + d);
-      }
-    }
-  });
+      });
   return reduce_add(check) == 0.0f;
 }
 
@@ -253,8 +262,9 @@ IC_INLINE void store_pairs(float* to, Vec early, Vec late) {
   if constexpr (kWord == Word::kPair) {
     __m512i words;  // all of `early`, then all of `late`
     asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(words) : "v"(late.part[0]), "v"(early.part[0]));
-    const __m512i halves = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
-                                            8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i halves =
+        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     _mm512_storeu_si512(to, _mm512_permutexvar_epi16(halves, words));
     return;
   }
@@ -310,8 +320,7 @@ void dot_rows(const float* x, const float* y, int64_t n, int64_t ld, float* to) 
       }
       transpose(a);
       transpose(b);
-      for (int64_t i = 0; i < kLanes; ++i)
-        chain = multiply_add<kWord>(a[i], b[i], chain);
+      for (int64_t i = 0; i < kLanes; ++i) chain = multiply_add<kWord>(a[i], b[i], chain);
       if ((d + kLanes) % kDepth == 0 || d + kLanes == ld) {
         sum = sum + chain;
         chain = broadcast(0.0f);

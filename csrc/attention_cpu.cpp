@@ -110,7 +110,8 @@ class ForwardTask {
          key += plan_.keys) {
       const int64_t n_keys = smaller(plan_.keys, end_key - key);
       pack_keys<kWord>(a_.kv_dtype, k, key, n_keys, a_.dim, a_.scale < 0, columns_);
-      finite_ = pack_values<kWord>(a_.kv_dtype, v_, key, key, key + n_keys, a_.dim, values_, plan_.padded);
+      finite_ = pack_values<kWord>(a_.kv_dtype, v_, key, key, key + n_keys, a_.dim, values_,
+                                   plan_.padded);
       for (int64_t r = begin; r < end; r += kTileRows)
         add_keys(r, smaller(kTileRows, end - r), r - begin, key, n_keys);
     }
@@ -163,9 +164,8 @@ class ForwardTask {
     for (int64_t m = 0; m < rows; ++m) {
       const float before = maximum_[i + m], now = maximum[m] > before ? maximum[m] : before;
       maximum_[i + m] = now;
-      keep[m] = before == now
-                    ? 1.0f
-                    : lanes_of(exp2_normal(broadcast((before - now) * log2_scale_)))[0];
+      keep[m] =
+          before == now ? 1.0f : lanes_of(exp2_normal(broadcast((before - now) * log2_scale_)))[0];
     }
     for (int64_t m = 0; m < rows; ++m) {
       // Without a key so far there may be no maximum: any number serves, the weights are 0.
@@ -189,7 +189,8 @@ class ForwardTask {
     for (int64_t m = 0; m < rows; ++m) {
       const Span seen = seen_by(r + m, key, n_keys);
       if (seen.size() == 0) continue;
-      pack_values<kWord>(a_.kv_dtype, v_, key, key + seen.begin, key + seen.end, a_.dim, values_, padded);
+      pack_values<kWord>(a_.kv_dtype, v_, key, key + seen.begin, key + seen.end, a_.dim, values_,
+                         padded);
       const int64_t first = seen.begin / kElements, last = words_of(kWord, seen.end);
       multiply(kWord,
                {weights_ + m * ld + first, values_, out_ + (i + m) * padded, keep + m, ld, padded,

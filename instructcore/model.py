@@ -168,8 +168,8 @@ class KVCache:
         config = model.config
         like = {"dtype": model.compute_dtype, "device": model.embed.device}
         shape = (blocks, block_size, config.kv_heads, config.head_dim)
-        self.keys = [torch.zeros(shape, **like) for _ in range(config.layers)]
-        self.values = [torch.zeros(shape, **like) for _ in range(config.layers)]
+        self.keys = [torch.empty(shape, **like) for _ in range(config.layers)]
+        self.values = [torch.empty(shape, **like) for _ in range(config.layers)]
         indices = {"dtype": torch.int32, "device": model.embed.device}
         self.block_table = torch.full((rows, max_blocks), -1, **indices)
         self.seqlens = torch.zeros(rows, **indices)
@@ -237,7 +237,7 @@ class GPT(nn.Module):
         self.head, self.compute_dtype = head, dtype
         self.token_ids: dict[str, int | list[int] | None] = {}
         self.extra: dict = {}
-        self._casts: dict[tuple[int, bool], Tensor] | None = None
+        self._freezes, self._casts = 0, {}  # see `frozen`; (id of a parameter, widened): cast
         width, vocab, is_gpt2 = config.width, config.vocab_size, config.family == "gpt2"
         untied = head == "lm" and not config.tie_head
         self.embed = nn.Parameter(torch.empty(vocab, width))
@@ -331,7 +331,8 @@ class GPT(nn.Module):
             longest = {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
             return ops.attention_varlen(q, k, v, cu_seqlens, cu_seqlens, causal=True, **longest)
 
-        return self._layers(tokens, positions, attend)
+        dropout = self.config.dropout if self.training else 0.0
+        return self._layers(tokens, positions, attend, dropout)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, cu_seqlens: Tensor, cache: KVCache) -> Tensor:
@@ -339,8 +340,8 @@ class GPT(nn.Module):
 
         Row b continues with tokens cu_seqlens[b] .. cu_seqlens[b + 1] - 1, one for a decode step,
         more for a chunk of a prompt. Their keys and values are appended to the cache, and its
-        seqlens advance. The caller has given each row the blocks it needs and keeps it within the
-        context.
+        seqlens advance, in place. The caller has given each row the blocks it needs and keeps it
+        within the context.
         """
         config, before = self.config, cache.seqlens
         positions = None
@@ -355,18 +356,20 @@ class GPT(nn.Module):
             held = cache.keys[layer], cache.values[layer], cache.block_table, before
             return ops.attention_paged_(q, *held, cu_seqlens, k_new=k, v_new=v, **rotary)
 
-        hidden = self._layers(tokens, positions, attend)
-        cache.seqlens = before + cu_seqlens.diff()
+        hidden = self._layers(tokens, positions, attend, 0.0)
+        before += cu_seqlens.diff()
         return hidden
 
     @contextmanager
     def frozen(self) -> Iterator[GPT]:
         """No weight changes within it, so without gradient each is cast once, not per call."""
-        outer, self._casts = self._casts, {} if self._casts is None else self._casts
+        self._freezes += 1
         try:
             yield self
-        finally:
-            self._casts = outer
+        finally:  # of several that overlap, whichever ends last
+            self._freezes -= 1
+            if not self._freezes:
+                self._casts.clear()
 
     def _cast(self, parameter: Tensor | None, widen: bool = False) -> Tensor | None:
         """The parameter in the compute dtype; `widen`: those values in float32."""
@@ -377,7 +380,7 @@ class GPT(nn.Module):
             rounded = parameter.to(self.compute_dtype)
             return rounded.float() if widen else rounded
 
-        if self._casts is None or (torch.is_grad_enabled() and parameter.requires_grad):
+        if not self._freezes or (torch.is_grad_enabled() and parameter.requires_grad):
             return cast()
         key = (id(parameter), widen)
         if key not in self._casts:
@@ -385,10 +388,10 @@ class GPT(nn.Module):
                 self._casts[key] = cast()
         return self._casts[key]
 
-    def _add_norm(self, x, branch, weight, bias) -> tuple[Tensor, Tensor]:
+    def _add_norm(self, x, branch, weight, bias, dropout) -> tuple[Tensor, Tensor]:
         """(x + branch, its norm in the compute dtype); without a branch yet, x itself."""
-        if branch is not None and self.training and self.config.dropout:
-            branch = F.dropout(branch, self.config.dropout)
+        if branch is not None and dropout:
+            branch = F.dropout(branch, dropout)
         eps = self.config.norm_eps
         if bias is None:
             result = _AddNorm.apply(x, branch, weight, eps, self.compute_dtype)
@@ -403,19 +406,23 @@ class GPT(nn.Module):
         return y.view(x.shape)
 
     def _layers(
-        self, tokens: Tensor, positions: Tensor | None, attend: Callable[[int, Tensor], Tensor]
+        self,
+        tokens: Tensor,
+        positions: Tensor | None,
+        attend: Callable[[int, Tensor], Tensor],
+        dropout: float,
     ) -> Tensor:
         """The trunk. `attend(layer, qkv (N, H + 2K, D))` gives (N, H, D); it knows the past."""
         config, cast = self.config, self._cast
         x = F.embedding(tokens, self.embed)
         if self.positions is not None:
             x = x + F.embedding(positions, self.positions)
-        if self.training and config.dropout:
-            x = F.dropout(x, config.dropout)
+        if dropout:
+            x = F.dropout(x, dropout)
         rows, groups = tokens.shape[0], (config.heads, config.kv_heads, config.kv_heads)
         branch = None
         for layer, block in enumerate(self.blocks):
-            x, y = self._add_norm(x, branch, block.norm1, block.norm1_bias)
+            x, y = self._add_norm(x, branch, block.norm1, block.norm1_bias, dropout)
             qkv = ops.linear(y, cast(block.qkv), cast(block.qkv_bias))
             qkv = qkv.view(rows, sum(groups), config.head_dim)
             if block.q_norm is not None:
@@ -424,11 +431,11 @@ class GPT(nn.Module):
                 qkv = torch.cat((q, k, v), 1)
             y = attend(layer, qkv).reshape(rows, config.heads * config.head_dim)
             branch = ops.linear(y, cast(block.out), cast(block.out_bias))
-            x, y = self._add_norm(x, branch, block.norm2, block.norm2_bias)
+            x, y = self._add_norm(x, branch, block.norm2, block.norm2_bias, dropout)
             y = ops.linear(y, cast(block.up), cast(block.up_bias))
             y = ops.swiglu(y) if config.family != "gpt2" else ops.gelu(y)
             branch = ops.linear(y, cast(block.down), cast(block.down_bias))
-        return self._add_norm(x, branch, self.norm, self.norm_bias)[1]
+        return self._add_norm(x, branch, self.norm, self.norm_bias, dropout)[1]
 
     # -- making one from another ------------------------------------------------------------------
 
