@@ -19,6 +19,7 @@
 #include "linear.h"
 #include "ppo_advantage.h"
 #include "ppo_loss.h"
+#include "rotary.h"
 #include "sample.h"
 #include "tensor.h"
 #include "token_logprobs.h"
@@ -640,6 +641,33 @@ void ppo_loss(TensorView logprobs, TensorView old_logprobs, TensorView advantage
   run("ppo_loss", logprobs, ic::ppo_loss_cpu, CUDA_KERNEL(ppo_loss_cuda), args);
 }
 
+// ---- rotary ----
+
+void rotary(TensorView x, TensorView cos, TensorView sin, TensorView positions, TensorView out,
+            int64_t heads, bool interleaved, bool back, int threads) {
+  const int32_t* position = positions.data<const int32_t>();
+  for (int64_t i = 0; i < positions.size(0); ++i)
+    if (position[i] < 0 || position[i] >= cos.size(0))
+      throw py::index_error("rotary: positions must be in [0, " + std::to_string(cos.size(0)) +
+                            "), got " + std::to_string(position[i]));
+  const ic::RotaryArgs args{x.raw(),
+                            out.raw(),
+                            cos.data<const float>(),
+                            sin.data<const float>(),
+                            position,
+                            x.size(0),
+                            x.size(1),
+                            x.size(2),
+                            x.stride(0),
+                            x.stride(1),
+                            heads,
+                            interleaved,
+                            back,
+                            x.dtype(),
+                            threads};
+  run("rotary", x, ic::rotary_cpu, nullptr, args);
+}
+
 // ---- sample ----
 
 // A setting of each row, (N,) or 0-d, or else the same for all.
@@ -831,6 +859,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("ratio_high"), py::arg("dual_clip"), py::arg("value_clip_range"),
         py::arg("value_coef"), py::arg("entropy_coef"), py::arg("kl_coef"), py::arg("threads"));
 
+  m.def("rotary", &rotary, py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("positions"),
+        py::arg("out"), py::arg("heads"), py::arg("interleaved"), py::arg("back"),
+        py::arg("threads"));
   m.def("sample", &sample, py::arg("logits"), py::arg("bias"), py::arg("generated"),
         py::arg("prompt"), py::arg("allowed"), py::arg("controls"), py::arg("floats"),
         py::arg("integers"), py::arg("tokens"), py::arg("logprobs"), py::arg("sampled_logprobs"),

@@ -11,7 +11,7 @@ There is no padding: attention stays within a sequence and positions restart in 
 
 Precision: parameters are float32 masters, cast to the compute dtype where a matrix product uses
 them; the residual stream and the norms stay float32.
-Rotary pairs are neighbours (2i, 2i + 1) in memory, so that a rotation is one complex product. On
+Rotary pairs are neighbours (2i, 2i + 1) in memory, as ops.rotary and the paged cache take them. On
 disk they are (i, i + D/2), as in Hugging Face checkpoints, whose names and shapes are kept there.
 
 Sources: Radford et al. 2019 (GPT-2); Touvron et al. 2023, arXiv:2302.13971 (Llama); Yang et al.
@@ -123,37 +123,6 @@ class _AddNorm(torch.autograd.Function):
             return grad_total, None, grad_weight, None, None
         grad_total.add_(grads[0])
         return grad_total, grad_total.to(ctx.branch_dtype), grad_weight, None, None
-
-
-def _rotate(x: Tensor, turn: Tensor, out: Tensor) -> None:
-    """out = x times the unit complex numbers `turn` (N, 1, D/2), pairs being neighbours in D."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    if x.dtype == torch.float32:
-        torch.mul(pairs, turn, out=torch.view_as_complex(out.unflatten(-1, (-1, 2))))
-    else:
-        out.copy_(torch.view_as_real(pairs * turn).flatten(-2))
-
-
-class _RotarySplit(torch.autograd.Function):
-    """qkv (N, H + 2K, D) -> rotated q (N, H, D), rotated k and v (N, K, D)."""
-
-    @staticmethod
-    def forward(ctx, qkv, turn, heads, kv_heads):
-        ctx.save_for_backward(turn)
-        rotated = qkv.new_empty(qkv.shape[0], heads + kv_heads, qkv.shape[2])
-        _rotate(qkv[:, : heads + kv_heads], turn, rotated)
-        return rotated[:, :heads], rotated[:, heads:], qkv[:, heads + kv_heads :]
-
-    @staticmethod
-    def backward(ctx, grad_q, grad_k, grad_v):
-        (turn,) = ctx.saved_tensors
-        back = turn.conj().resolve_conj()
-        heads, kv_heads = grad_q.shape[1], grad_k.shape[1]
-        out = grad_q.new_empty(grad_q.shape[0], heads + 2 * kv_heads, grad_q.shape[2])
-        _rotate(grad_q.contiguous(), back, out[:, :heads])
-        _rotate(grad_k.contiguous(), back, out[:, heads : heads + kv_heads])
-        out[:, heads + kv_heads :].copy_(grad_v)
-        return out, None, None, None
 
 
 class KVCache:
@@ -319,15 +288,12 @@ class GPT(nn.Module):
         if max_seqlen is not None and max_seqlen > config.context:
             raise UserError(f"a sequence of {max_seqlen} tokens, context is {config.context}")
         positions = _positions(cu_seqlens, tokens.shape[0])
-        turn = None
-        if self.positions is None:
-            turn = torch.complex(self.cos[positions], self.sin[positions]).unsqueeze(1)
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
-            if turn is not None:
-                q, k, v = _RotarySplit.apply(qkv, turn, config.heads, config.kv_heads)
-            else:
-                q, k, v = qkv.split((config.heads, config.kv_heads, config.kv_heads), 1)
+            if self.positions is None:
+                turned = config.heads + config.kv_heads
+                qkv = ops.rotary(qkv, self.cos, self.sin, positions, heads=turned)
+            q, k, v = qkv.split((config.heads, config.kv_heads, config.kv_heads), 1)
             longest = {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
             return ops.attention_varlen(q, k, v, cu_seqlens, cu_seqlens, causal=True, **longest)
 

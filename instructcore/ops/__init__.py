@@ -24,6 +24,7 @@ from .ppo_advantage import (
     whiten_advantages_reference,
 )
 from .ppo_loss import PPOStats, ppo_loss, ppo_loss_reference
+from .rotary import rotary, rotary_reference
 from .sample import Penalties, Sampled, sample, sample_reference
 from .token_logprobs import TokenLogprobs, token_logprobs, token_logprobs_reference
 
@@ -55,6 +56,8 @@ __all__ = [
     "ppo_advantage_reference",
     "ppo_loss",
     "ppo_loss_reference",
+    "rotary",
+    "rotary_reference",
     "sample",
     "sample_reference",
     "swiglu",
