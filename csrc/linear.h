@@ -3,7 +3,7 @@
 //   forward:  y[m][n]  = round(b[n] + sum over k of x[m][k] W[n][k])      x (M, K), W (N, K)
 //   input:    dx[m][k] = round(sum over n of dy[m][n] W[n][k])
 //   weight:   dW[n][k] = round(sum over m of dy[m][n] x[m][k])
-//   bias:     db[n]    = round(sum over m of dy[m][n])
+//   bias:     db[n]    = round(sum over m of dy[m][n]), pairwise
 //
 // Sums are float32 and have one order whatever the shapes, threads and tiles: blocks of
 // kLinearBlock words, each one chain from its first to its last, added up in their order. A word is

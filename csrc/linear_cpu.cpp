@@ -317,18 +317,26 @@ void stream(const LinearArgs& g, const Plan& plan) {
 
 // ---- the bias ----
 
-// Sixteen columns at most; out is their row.
+// Sixteen columns at most; out is their row. Blocks of 16 rows are added up pairwise: sums[i] is
+// that of 2^i blocks, where the number of blocks so far has bit i.
 void sum_columns(const LinearBiasArgs& g, int64_t column, int64_t n, const LinearMatrix& out) {
-  Vec sum = broadcast(0.0f);
-  if (g.accumulate) sum = load_words<false>(static_cast<const float*>(g.out) + column, n);
+  constexpr int64_t kRows = 16;
+  Vec sums[60];
+  int64_t blocks = 0;
   with_rows(g.grad, 0, column, [&](auto rows) {
-    for (int64_t first = 0; first < g.rows; first += kLinearBlock) {
-      Vec chain = broadcast(0.0f);
-      for (int64_t i = first; i < smaller(g.rows, first + kLinearBlock); ++i)
-        chain = chain + load_words<false>(rows(i), n);
-      sum = sum + chain;
+    for (int64_t first = 0; first < g.rows; first += kRows) {
+      Vec sum = broadcast(0.0f);
+      for (int64_t i = first; i < smaller(g.rows, first + kRows); ++i)
+        sum = sum + load_words<false>(rows(i), n);
+      Vec* to = sums;
+      for (int64_t bits = blocks++; bits & 1; bits >>= 1) sum = *to++ + sum;
+      *to = sum;
     }
   });
+  Vec sum = broadcast(0.0f);
+  for (int i = 0; blocks >> i > 0; ++i)
+    if (blocks >> i & 1) sum = sum + sums[i];
+  if (g.accumulate) sum = load_words<false>(static_cast<const float*>(g.out) + column, n) + sum;
   with_rows(out, 0, column, [&](auto to) { store_some(to.first, sum, n); });
 }
 
