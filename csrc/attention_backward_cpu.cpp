@@ -193,7 +193,7 @@ class BackwardTask {
       x = logits_of(x, row.logits, row.position, key_ + v * kLanes, &slope) - broadcast(row.lse);
     }
     Gradient g;
-    g.weight = exp2_normal<kExpDegree<kWord>>(x * broadcast(kLog2E));
+    g.weight = exp2_normal<kExpDegree<kWord>>(x, broadcast(kLog2E));
     g.dlogit = g.weight * (load(row.dweights + v * kLanes) - broadcast(row.delta));
     if (!plain_) g.dlogit = g.dlogit * slope;
     if (v * kLanes < row.seen.begin || (v + 1) * kLanes > row.seen.end) {

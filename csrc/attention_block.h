@@ -355,7 +355,9 @@ IC_INLINE Vec logits_of(Vec x, const Logits& l, int64_t position, int64_t key, V
   return x - broadcast(l.slope) * far;
 }
 
-IC_INLINE float exponential(float x) { return lanes_of(exp2_normal(broadcast(x * kLog2E)))[0]; }
+IC_INLINE float exponential(float x) {
+  return lanes_of(exp2_normal(broadcast(x), broadcast(kLog2E)))[0];
+}
 
 // Weights that become bfloat16 need no more.
 template <Word kWord>

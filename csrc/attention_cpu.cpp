@@ -36,8 +36,8 @@ IC_INLINE Vec weights_of(const float* s, int64_t v0, int64_t v1, float maximum, 
   const Vec top = broadcast(maximum), c = broadcast(log2_scale);
   Vec sum = broadcast(0.0f), other_sum = sum;
   for (int64_t v = v0; v < v1; v += 2) {
-    const Vec first = exp2_normal<kExpDegree<kWord>>((load(s + v * kLanes) - top) * c);
-    const Vec second = exp2_normal<kExpDegree<kWord>>((load(s + (v + 1) * kLanes) - top) * c);
+    const Vec first = exp2_normal<kExpDegree<kWord>>(load(s + v * kLanes) - top, c);
+    const Vec second = exp2_normal<kExpDegree<kWord>>(load(s + (v + 1) * kLanes) - top, c);
     if constexpr (kWord == Word::kFloat) {
       store(words + v * kLanes, first);
       store(words + (v + 1) * kLanes, second);
@@ -164,8 +164,9 @@ class ForwardTask {
     for (int64_t m = 0; m < rows; ++m) {
       const float before = maximum_[i + m], now = maximum[m] > before ? maximum[m] : before;
       maximum_[i + m] = now;
-      keep[m] =
-          before == now ? 1.0f : lanes_of(exp2_normal(broadcast((before - now) * log2_scale_)))[0];
+      keep[m] = before == now
+                    ? 1.0f
+                    : lanes_of(exp2_normal(broadcast(before - now), broadcast(log2_scale_)))[0];
     }
     for (int64_t m = 0; m < rows; ++m) {
       // Without a key so far there may be no maximum: any number serves, the weights are 0.

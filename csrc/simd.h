@@ -454,15 +454,15 @@ IC_INLINE Vec exp(Vec x) {
          from_bits(shift_left(exponent - half + bias, 23));
 }
 
-// 2^x for x up to 127; 0 where it would not be a normal number (below -126). The polynomial of
-// kDegree 4 or 6 is fitted for the least relative error (3e-6 or 2e-9) on [-1/2, 1/2]. 2^0 is
-// exactly 1, NaN stays.
+// 2^(x c) for products up to 127, which are not rounded; 0 where it would not be a normal number
+// (below -126). The polynomial of kDegree 4 or 6 is fitted for the least relative error (3e-6 or
+// 2e-9) on [-1/2, 1/2]. 2^0 is exactly 1, NaN stays.
 template <int kDegree = 6>
-IC_INLINE Vec exp2_normal(Vec x) {
+IC_INLINE Vec exp2_normal(Vec x, Vec c) {
   const Vec round = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Vec shifted = x + round;
+  const Vec shifted = fma(x, c, round);
   const Vec n = shifted - round;
-  const Vec f = x - n;
+  const Vec f = fma(x, c, broadcast(0.0f) - n);
   Vec q;
   if constexpr (kDegree == 4) {
     q = broadcast(0x1.3a02ccp-7f);
