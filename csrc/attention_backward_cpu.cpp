@@ -68,7 +68,8 @@ class BackwardTask {
     ld_ = round_up(n_keys_, 2 * kLanes) + 3 * kLanes;
     row_ld_ = kWord == Word::kFloat ? ld_ : words_of(kWord, plan_.back_keys);
     k_ = key_rows(a_, a_.k, s_, kv_head_);
-    const Rows v = key_rows(a_, a_.v, s_, kv_head_);
+    Rows v = key_rows(a_, a_.v, s_, kv_head_);
+    k_.end = v.end = key_ + n_keys_;
     pack_keys<kWord>(a_.dtype, k_, key_, n_keys_, a_.dim, a_.scale < 0, key_columns_);
     pack_keys<kWord>(a_.dtype, v, key_, n_keys_, a_.dim, false, value_columns_);
     keys_finite_ =
@@ -143,6 +144,7 @@ class BackwardTask {
     const int64_t n = here_.size(), padded = plan_.padded;
     q_rows_ = query_rows(a_.q, a_.dtype, s_, kv_head_);
     dout_rows_ = query_rows(b_.grad_out, a_.dtype, s_, kv_head_);
+    q_rows_.end = dout_rows_.end = seen_.end;
     const auto pack = [&](const Rows& rows, float* a, float* b) {
       if (kWord != Word::kFloat)  // else a is b
         pack_queries<kWord>(a_.dtype, rows, here_.begin, n, a_.dim, a, q_row_);

@@ -58,6 +58,7 @@ struct Rows {
   const int32_t* table = nullptr;
   uint32_t block_size = 0;
   int64_t block = 0;
+  int64_t end = 0;  // packing prefetches rows before this one
 
   IC_INLINE char* at(int64_t row) const {
     const uint32_t r = static_cast<uint32_t>(row);
@@ -65,8 +66,11 @@ struct Rows {
     if (group == 1) return base + row * token;
     return base + r / group * token + r % group * head;
   }
-  IC_INLINE void prefetch(int64_t row, int64_t bytes) const {
-    const char* from = at(row);
+  // As a row is packed, the one that will be kAhead rows later.
+  static constexpr int64_t kAhead = kLanes;
+  IC_INLINE void prefetch_after(int64_t row, int64_t bytes) const {
+    if (row + kAhead >= end) return;
+    const char* from = at(row + kAhead);
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
   }
 };
@@ -181,7 +185,7 @@ void pack_keys(Dtype dtype, const Rows& rows, int64_t first, int64_t n, int64_t 
       dtype, [&](auto* element) __attribute__((always_inline)) {
         pack_columns<kWord != Word::kFloat>(
             [&](int64_t i) __attribute__((always_inline)) {
-              if (i + kLanes < n) rows.prefetch(first + i + kLanes, dim * sizeof *element);
+              rows.prefetch_after(first + i, dim * sizeof *element);
               return reinterpret_cast<decltype(element)>(rows.at(first + i));
             },
             n, dim, to);
@@ -198,7 +202,6 @@ void pack_keys(Dtype dtype, const Rows& rows, int64_t first, int64_t n, int64_t 
 template <Word kWord>
 bool pack_values(Dtype dtype, const Rows& rows, int64_t base, int64_t begin, int64_t end,
                  int64_t dim, float* to, int64_t ld) {
-  constexpr int64_t kAhead = 8;  // rows
   Vec check = broadcast(0.0f);
   const auto put = [&](Vec words, float* at) __attribute__((always_inline)) {
     store(at, words);
@@ -209,7 +212,7 @@ bool pack_values(Dtype dtype, const Rows& rows, int64_t base, int64_t begin, int
         using T = decltype(element);
         if constexpr (kWord == Word::kFloat) {
           for (int64_t i = begin; i < end; ++i, to += ld) {
-            if (i + kAhead < end) rows.prefetch(i + kAhead, dim * sizeof *element);
+            rows.prefetch_after(i, dim * sizeof *element);
             const T from = reinterpret_cast<T>(rows.at(i));
             for (int64_t d = 0; d < dim; d += kLanes)
               put(load_words<false>(from + d, dim - d), to + d);
@@ -217,10 +220,8 @@ bool pack_values(Dtype dtype, const Rows& rows, int64_t base, int64_t begin, int
         } else {
           const BFloat16 zeros[kAttentionMaxDim] = {};
           for (int64_t i = begin - (begin - base) % 2; i < end; i += 2, to += ld) {
-            if (i + kAhead + 1 < end) {
-              rows.prefetch(i + kAhead, dim * sizeof *element);
-              rows.prefetch(i + kAhead + 1, dim * sizeof *element);
-            }
+            rows.prefetch_after(i, dim * sizeof *element);
+            rows.prefetch_after(i + 1, dim * sizeof *element);
             const BFloat16* early =
                 i < begin ? zeros : reinterpret_cast<const BFloat16*>(rows.at(i));
             const BFloat16* late =
@@ -271,6 +272,14 @@ IC_INLINE void store_pairs(float* to, Vec early, Vec late) {
 #endif
   const VecInt low = shift_right(round_to_high_half(early), 16) & broadcast_int(0xffff);
   store(to, from_bits(low | (round_to_high_half(late) & broadcast_int(-65536))));
+}
+
+// c + a b where a is one word for all columns.
+template <Word kWord>
+IC_INLINE Vec multiply_add_word(const float* a, Vec b, Vec c) {
+  int32_t word;
+  __builtin_memcpy(&word, a, sizeof word);
+  return multiply_add<kWord>(from_bits(broadcast_int(word)), b, c);
 }
 
 // Any number of rows.

@@ -77,6 +77,9 @@ void round_to(Dtype dtype, float* x, int64_t dim) {
 
 template <Word kWord>
 class ForwardTask {
+  static constexpr int kMostUnpacked = 6;    // rows
+  static constexpr int64_t kMostKeys = 256;  // of a block
+
  public:
   ForwardTask(const AttentionArgs& args, const AttentionPlan& plan, const Sequence& s,
               int64_t kv_head, float* scratch)
@@ -88,8 +91,8 @@ class ForwardTask {
     out_ = arena.take(plan.rows * plan.padded);
     sums_ = arena.take(plan.rows * kLanes);
     maximum_ = arena.take(plan.rows);
-    logits_ = arena.take(kTileRows * plan.keys);
-    weights_ = kWord == Word::kFloat ? logits_ : arena.take(kTileRows * plan.keys / 2);
+    logits_ = arena.take(kMostUnpacked * plan.keys);
+    weights_ = kWord == Word::kFloat ? logits_ : arena.take(kMostUnpacked * plan.keys / 2);
     words_ = words_of(kWord, a_.dim);
     q_row_ = round_up(words_, kLanes);
     plain_ = plain_logits(a_);
@@ -103,13 +106,15 @@ class ForwardTask {
     const int64_t n = end - begin;
     __builtin_memset(sums_, 0, n * kLanes * sizeof(float));
     for (int64_t i = 0; i < n; ++i) maximum_[i] = -__builtin_inff();
-    const Rows k = key_rows(a_, a_.k, s_, kv_head_);
-    v_ = key_rows(a_, a_.v, s_, kv_head_);
     const int64_t end_key = s_.end_seen(end - 1);
+    k_ = key_rows(a_, a_.k, s_, kv_head_);
+    v_ = key_rows(a_, a_.v, s_, kv_head_);
+    k_.end = v_.end = end_key;
+    if (s_.queries == 1 && n <= kMostUnpacked) return run_unpacked(n, end_key);
     for (int64_t key = s_.first_seen(begin) / plan_.keys * plan_.keys; key < end_key;
          key += plan_.keys) {
       const int64_t n_keys = smaller(plan_.keys, end_key - key);
-      pack_keys<kWord>(a_.kv_dtype, k, key, n_keys, a_.dim, a_.scale < 0, columns_);
+      pack_keys<kWord>(a_.kv_dtype, k_, key, n_keys, a_.dim, a_.scale < 0, columns_);
       finite_ = pack_values<kWord>(a_.kv_dtype, v_, key, key, key + n_keys, a_.dim, values_,
                                    plan_.padded);
       for (int64_t r = begin; r < end; r += kTileRows)
@@ -119,6 +124,115 @@ class ForwardTask {
   }
 
  private:
+  // The rows of a single token, as in decoding: every key is read once, so none is packed. Sixteen
+  // keys at a time become columns in registers, values are multiplied from where they are; the same
+  // sums in the same order.
+  void run_unpacked(int64_t rows, int64_t end_key) {
+    with_element<kWord>(a_.kv_dtype, [&](auto* element) {
+      if (rows <= 1) return add_unpacked<1>(element, rows, end_key);
+      if (rows <= 2) return add_unpacked<2>(element, rows, end_key);
+      if (rows <= 4) return add_unpacked<4>(element, rows, end_key);
+      add_unpacked<kMostUnpacked>(element, rows, end_key);
+    });
+    for (int64_t r = 0; r < rows; ++r) finish(r, r);
+  }
+
+  template <int kRows, class T>
+  void add_unpacked(T*, int64_t rows, int64_t end_key) {
+    constexpr int64_t kAhead = 2 * kLanes;  // keys, prefetched
+    const T *k_at[kMostKeys + kAhead], *v_at[kMostKeys + kAhead];
+    const int64_t first_key = s_.first_seen(0);
+    for (int64_t key = first_key / plan_.keys * plan_.keys; key < end_key; key += plan_.keys) {
+      const int64_t a = larger(0, first_key - key), z = smaller(plan_.keys, end_key - key);
+      const int64_t v0 = a / kLanes, v1 = (z + kLanes - 1) / kLanes;
+      for (int64_t j = v0 * kLanes; j < v1 * kLanes + kAhead; ++j) {
+        const int64_t row = smaller(key + j, end_key - 1);
+        k_at[j] = reinterpret_cast<const T*>(k_.at(row));
+        v_at[j] = reinterpret_cast<const T*>(v_.at(row));
+      }
+      for (int64_t v = v0; v < v1; ++v)
+        multiply_16_keys<kRows>(k_at + v * kLanes, logits_ + v * kLanes);
+      float keep[kMostUnpacked] = {};
+      softmax(0, rows, 0, key, z, v0, v1, keep);
+      if (key <= first_key) __builtin_memset(out_, 0, kRows * plan_.padded * sizeof(float));
+      int64_t d = 0;
+      for (; a_.dim - d >= kTileVecs * kLanes; d += kTileVecs * kLanes)
+        multiply_values<kRows, kTileVecs>(v_at, a, z, d, keep);
+      for (; d < a_.dim; d += kLanes) multiply_values<kRows, 1>(v_at, a, z, d, keep);
+    }
+  }
+
+  // Logits of keys from[0] .. from[15]; prefetches those kAhead further.
+  template <int kRows, class T>
+  IC_INLINE void multiply_16_keys(const T* const* from, float* to) {
+    constexpr int64_t kStep = kLanes * kElements, kAhead = 2 * kLanes;
+    const T* rows[kLanes];
+    for (int i = 0; i < kLanes; ++i) rows[i] = from[i];
+    for (int64_t begin = 0; begin < words_; begin += kDepth) {
+      Vec chain[kRows];
+      for (int m = 0; m < kRows; ++m) chain[m] = broadcast(0.0f);
+      for (int64_t word = begin; word < smaller(words_, begin + kDepth); word += kLanes) {
+        Vec columns[kLanes];
+        load_columns<kWord != Word::kFloat>(rows, kLanes, word * kElements, a_.dim, columns);
+        for (int i = 0; i < kLanes; ++i)
+          __builtin_prefetch(from[i + kAhead] + word / kLanes * kStep);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i)
+          if (word + i < words_)
+#pragma GCC unroll 8
+            for (int m = 0; m < kRows; ++m)
+              chain[m] = multiply_add_word<kWord>(q_ + m * q_row_ + word + i, columns[i], chain[m]);
+      }
+      for (int m = 0; m < kRows; ++m, to += plan_.keys)
+        store(to, begin > 0 ? load(to) + chain[m] : chain[m]);
+      to -= kRows * plan_.keys;
+    }
+  }
+
+  // Columns d .. of out, from the values of keys a .. z - 1 of a block.
+  template <int kRows, int kVecs, class T>
+  IC_INLINE void multiply_values(const T* const* from, int64_t a, int64_t z, int64_t d,
+                                 const float* keep) {
+    constexpr int64_t kAhead = kLanes;
+    const int64_t ld = words_of(kWord, plan_.keys);
+    Vec sum[kRows][kVecs];
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 8
+      for (int j = 0; j < kVecs; ++j) sum[m][j] = broadcast(0.0f);
+    const T zeros[kVecs * kLanes] = {};
+    for (int64_t word = a / kElements; word < words_of(kWord, z); ++word) {
+      const int64_t key = word * kElements;
+      Vec x[kVecs];
+#pragma GCC unroll 8
+      for (int j = 0; j < kVecs; ++j) {
+        const int64_t n = kVecs > 1 ? kLanes : a_.dim - d;
+        if constexpr (kWord == Word::kFloat) {
+          x[j] = load_words<false>(from[key] + d + j * kLanes, n);
+        } else {
+          const T* early = key < a ? zeros : from[key] + d;
+          const T* late = key + 1 < z ? from[key + 1] + d : zeros;
+          x[j] = interleave(early + j * kLanes, late + j * kLanes, n);
+        }
+      }
+      for (int e = 0; e < kElements; ++e)
+        for (int j = 0; j < kVecs; j += 64 / sizeof(T) / kLanes)
+          __builtin_prefetch(from[key + e + kAhead] + d + j * kLanes);
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 8
+        for (int j = 0; j < kVecs; ++j)
+          sum[m][j] = multiply_add_word<kWord>(weights_ + m * ld + word, x[j], sum[m][j]);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 8
+      for (int j = 0; j < kVecs; ++j) {
+        float* to = out_ + m * plan_.padded + d + j * kLanes;
+        store(to, fma(load(to), broadcast(keep[m]), sum[m][j]));
+      }
+  }
+
   void pack(int64_t begin, int64_t end) {
     const Rows rows = query_rows(a_.q, a_.dtype, s_, kv_head_);
     if (!a_.pages.cos) {
@@ -153,29 +267,8 @@ class ForwardTask {
     const int64_t v0 = tile.begin / kLanes, v1 = (tile.end + kLanes - 1) / kLanes;
     const int64_t padded = plan_.padded, keys = plan_.keys, ld = words_of(kWord, keys);
     multiply_columns(kWord, q_ + i * q_row_, q_row_, columns_, words_, rows, v0, v1, logits_, keys);
-    const int64_t w0 = v0 & ~1, w1 = (v1 + 1) & ~1;
-    float maximum[kTileRows], keep[kTileRows];
-    for (int64_t m = 0; m < rows; ++m) {
-      const Span seen = seen_by(r + m, key, n_keys);
-      float* logits = logits_ + m * keys;
-      if (!plain_) to_logits(logits, v0, v1, r + m, key);
-      maximum[m] = hide_and_find_maximum(logits, w0, w1, seen.begin, seen.end);
-    }
-    for (int64_t m = 0; m < rows; ++m) {
-      const float before = maximum_[i + m], now = maximum[m] > before ? maximum[m] : before;
-      maximum_[i + m] = now;
-      keep[m] = before == now
-                    ? 1.0f
-                    : lanes_of(exp2_normal(broadcast(before - now), broadcast(log2_scale_)))[0];
-    }
-    for (int64_t m = 0; m < rows; ++m) {
-      // Without a key so far there may be no maximum: any number serves, the weights are 0.
-      const bool blind = seen_by(r + m, key, n_keys).size() == 0;
-      const Vec sum = weights_of<kWord>(logits_ + m * keys, w0, w1, blind ? 0.0f : maximum_[i + m],
-                                        log2_scale_, weights_ + m * ld);
-      float* sums = sums_ + (i + m) * kLanes;
-      store(sums, fma(load(sums), broadcast(keep[m]), sum));
-    }
+    float keep[kTileRows];
+    softmax(r, rows, i, key, n_keys, v0, v1, keep);
     const bool fresh = s_.first_seen(r) >= key;  // nothing was added to these rows before
     if (finite_) {
       const int64_t first = tile.begin / kElements, last = words_of(kWord, tile.end);
@@ -197,6 +290,36 @@ class ForwardTask {
                {weights_ + m * ld + first, values_, out_ + (i + m) * padded, keep + m, ld, padded,
                 padded, last - first},
                1, padded);
+    }
+  }
+
+  // Products of `rows` rows from r, the i-th of this task, become weights; `keep` takes what was
+  // summed before to the new maxima.
+  void softmax(int64_t r, int64_t rows, int64_t i, int64_t key, int64_t n_keys, int64_t v0,
+               int64_t v1, float* keep) {
+    const int64_t keys = plan_.keys, ld = words_of(kWord, keys);
+    const int64_t w0 = v0 & ~1, w1 = (v1 + 1) & ~1;
+    float maximum[kMostUnpacked];
+    for (int64_t m = 0; m < rows; ++m) {
+      const Span seen = seen_by(r + m, key, n_keys);
+      float* logits = logits_ + m * keys;
+      if (!plain_) to_logits(logits, v0, v1, r + m, key);
+      maximum[m] = hide_and_find_maximum(logits, w0, w1, seen.begin, seen.end);
+    }
+    for (int64_t m = 0; m < rows; ++m) {
+      const float before = maximum_[i + m], now = maximum[m] > before ? maximum[m] : before;
+      maximum_[i + m] = now;
+      keep[m] = before == now
+                    ? 1.0f
+                    : lanes_of(exp2_normal(broadcast(before - now), broadcast(log2_scale_)))[0];
+    }
+    for (int64_t m = 0; m < rows; ++m) {
+      // Without a key so far there may be no maximum: any number serves, the weights are 0.
+      const bool blind = seen_by(r + m, key, n_keys).size() == 0;
+      const Vec sum = weights_of<kWord>(logits_ + m * keys, w0, w1, blind ? 0.0f : maximum_[i + m],
+                                        log2_scale_, weights_ + m * ld);
+      float* sums = sums_ + (i + m) * kLanes;
+      store(sums, fma(load(sums), broadcast(keep[m]), sum));
     }
   }
 
@@ -237,7 +360,7 @@ class ForwardTask {
   const AttentionPlan& plan_;
   const Sequence& s_;
   int64_t kv_head_, words_, q_row_;
-  Rows v_;
+  Rows k_, v_;
   float *columns_, *values_, *q_, *out_, *logits_, *weights_;
   float *maximum_, *sums_;  // running softmax: (rows,) and (rows, 16)
   float log2_scale_;

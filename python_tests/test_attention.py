@@ -502,13 +502,14 @@ def test_deterministic(device, threads, shape):
             assert_same_bits(a, b)
 
 
-def test_same_bits_with_and_without_avx512():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_same_bits_with_and_without_avx512(dtype):
     from instructcore import _C
 
     levels = _C.isa_levels()
     if "x86_64_v4" not in levels:
         pytest.skip("no AVX-512 here")
-    q, k, v = inputs((2, 70, 300, 4, 2, 72))
+    q, k, v = inputs((2, 70, 300, 4, 2, 72), dtype)
     results = []
     for level in ("x86_64_v3", "x86_64_v4"):
         _C.set_isa(level)
@@ -823,6 +824,37 @@ def test_paged_decode_equals_prefill_bit_for_bit(device, dtype):
         torch.cat([x * cos - y * sin, y * cos + x * sin], -1).to(dtype)[None] for x, y in (a, b)
     ]
     assert_same_bits(prefill, attention(*turned, v[None])[0])
+
+
+@pytest.mark.big
+@pytest.mark.parametrize("dim", [40, 64, 128])
+@pytest.mark.parametrize("heads", [(4, 1), (8, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize("size", [7, 16])
+def test_decode_equals_the_row_of_a_dense_pass(device, dtype, dim, heads, size, threads):
+    """Whatever the head dim, the group, the block size and the cut into calls."""
+    tokens = 600
+    q, k, v = (x[0] for x in inputs((1, tokens, tokens, *heads, dim), dtype, device))
+    dense, dense_lse = attention(q[None], k[None], v[None], return_lse=True)
+    blocks = -(-tokens // size)
+    table = torch.randperm(blocks).to(device)[None].int()
+    caches = []
+    for x in (k, v):
+        cache = torch.full((blocks, size, heads[1], dim), NAN, dtype=dtype, device=device)
+        at = torch.arange(tokens, device=device)
+        cache[table[0, at // size].long(), at % size] = x
+        caches.append(cache)
+    for first, count in [(t, 1) for t in (0, 15, 16, 63, 64, 255, 256, 257, 511, 512, 599)] + [
+        (0, 2),
+        (254, 5),
+        (300, 300),
+    ]:
+        threads(1 + first % 3)
+        rows = slice(first, first + count)
+        held = torch.tensor([first + count], dtype=torch.int32, device=device)
+        cu = torch.tensor([0, count], dtype=torch.int32, device=device)
+        out, lse = attention_paged_(q[rows], *caches, table, held, cu, return_lse=True)
+        assert_same_bits(out, dense[0, rows], f"{first}, {count}")
+        assert_same_bits(lse, dense_lse[0][:, rows], f"{first}, {count}")
 
 
 def test_paged_without_new_keys_reads_only(device):
