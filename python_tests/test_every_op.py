@@ -111,6 +111,13 @@ def ppo_loss(device):
     return named | {"_mask": torch.rand(B, T, device=device) < 0.8}, {}
 
 
+def rotary(device):
+    (x,) = tensors(device, (N, 3, 40))
+    named = {"x": x, "_cos": torch.randn(50, 20, device=device)}
+    named |= {"_sin": torch.randn(50, 20, device=device)}
+    return named | {"positions": torch.arange(N, device=device).int() * 3}, {"heads": 2}
+
+
 def sample(device):
     (logits,) = tensors(device, (N, V))
     rows = torch.arange(N, device=device)
@@ -127,6 +134,7 @@ CASES = {
     "linear": [linear],
     "ppo_advantage": [ppo_advantage],
     "ppo_loss": [ppo_loss],
+    "rotary": [rotary],
     "sample": [sample],
 }
 
