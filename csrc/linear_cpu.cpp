@@ -71,7 +71,6 @@ void store_row(const LinearArgs& g, int64_t row, int64_t column, int64_t n, cons
 struct Plan {
   Word word;
   int64_t words, chunk;  // of the sum; of a part of it, a multiple of a block
-  int64_t block;         // words of kLinearBlock elements
   int64_t rows, panels;  // of a task
   bool packed;           // rows of a are not words as they lie in memory
   int64_t row_tasks, panel_tasks;
@@ -92,7 +91,6 @@ Plan plan_of(const LinearArgs& g) {
   const bool by_columns = g.form == LinearForm::kWeight;
   p.word = pairs ? pair_word() : Word::kFloat;
   p.words = ceil_div(g.depth, elements_of(p.word));
-  p.block = kLinearBlock / elements_of(p.word);
   p.packed = pairs ? g.depth % 2 != 0 || g.a.row % 2 != 0 : g.a.dtype != Dtype::kFloat32;
   // Up to 384 KB of L2 for b's panels. The rest of its 1 MB is for the sums of a task's rows, and
   // in the weights' gradient for a's part too, so that parts there are short.
@@ -188,11 +186,11 @@ class Task {
     }
     for (int64_t j = column_; j < end_column_; j += kPanel, b += words_ * kPanel) {
       const int64_t columns = round_up(smaller(kPanel, end_column_ - j), kLanes);
-      for (int64_t k = 0; k == 0 || k < words_; k += plan_.block) {
+      for (int64_t k = 0; k == 0 || k < words_; k += kLinearBlock) {
         const bool fresh = word + k == 0 && !g_.accumulate;
         Tile tile{a + k, b + k * kPanel, sums + j - column_, fresh ? nullptr : kOnes};
         tile.lda = lda, tile.ldb = kPanel, tile.ldc = ld;
-        tile.depth = smaller(plan_.block, words_ - k);
+        tile.depth = smaller(kLinearBlock, words_ - k);
         if (g_.form == LinearForm::kWeight) {
           tile.a = a + k * lda;
           multiply<Layout::kColumns>(plan_.word, tile, rows, columns);
@@ -246,14 +244,14 @@ constexpr int64_t kStreamRows = 4;
 template <Word kWord, int kRows, class T>
 void stream_columns(const LinearArgs& g, const float* a, int64_t lda, Rows<T> b, int64_t column) {
   constexpr bool kPairs = kWord != Word::kFloat;
-  constexpr int64_t kElements = kPairs ? 2 : 1, kBlock = kLinearBlock / kElements;
+  constexpr int64_t kElements = kPairs ? 2 : 1;
   const int64_t n = smaller(kLanes, g.columns - column), words = ceil_div(g.depth, kElements);
   const T* rows[kLanes];
   for (int64_t i = 0; i < kLanes; ++i) rows[i] = b(i < n ? i : n - 1);
   Vec sum[kRows];
   for (int m = 0; m < kRows; ++m) sum[m] = broadcast(0.0f);
-  for (int64_t first = 0; first < words; first += kBlock) {
-    const int64_t end = smaller(words, first + kBlock);
+  for (int64_t first = 0; first < words; first += kLinearBlock) {
+    const int64_t end = smaller(words, first + kLinearBlock);
     Vec chain[kRows];
     for (int m = 0; m < kRows; ++m) chain[m] = broadcast(0.0f);
     const auto add = [&](int64_t word, const Vec& x) __attribute__((always_inline)) {
@@ -264,10 +262,10 @@ void stream_columns(const LinearArgs& g, const float* a, int64_t lda, Rows<T> b,
       Vec tile[kLanes];
       load_columns<kPairs>(rows, n, word * kElements, g.depth, tile);
       if (end - word >= kLanes) {
-#pragma GCC unroll 16
+        IC_UNROLL_COLUMNS
         for (int64_t i = 0; i < kLanes; ++i) add(word + i, tile[i]);
       } else {
-#pragma GCC unroll 16
+        IC_UNROLL_COLUMNS
         for (int64_t i = 0; i < kLanes; ++i)
           if (i < end - word) add(word + i, tile[i]);
       }
@@ -319,18 +317,26 @@ void stream(const LinearArgs& g, const Plan& plan) {
 
 // ---- the bias ----
 
-// Sixteen columns at most; out is their row.
+// Sixteen columns at most; out is their row. Blocks of 16 rows are added up pairwise: sums[i] is
+// that of 2^i blocks, where the number of blocks so far has bit i.
 void sum_columns(const LinearBiasArgs& g, int64_t column, int64_t n, const LinearMatrix& out) {
-  Vec sum = broadcast(0.0f);
-  if (g.accumulate) sum = load_words<false>(static_cast<const float*>(g.out) + column, n);
+  constexpr int64_t kRows = 16;
+  Vec sums[60];
+  int64_t blocks = 0;
   with_rows(g.grad, 0, column, [&](auto rows) {
-    for (int64_t first = 0; first < g.rows; first += kLinearBlock) {
-      Vec chain = broadcast(0.0f);
-      for (int64_t i = first; i < smaller(g.rows, first + kLinearBlock); ++i)
-        chain = chain + load_words<false>(rows(i), n);
-      sum = sum + chain;
+    for (int64_t first = 0; first < g.rows; first += kRows) {
+      Vec sum = broadcast(0.0f);
+      for (int64_t i = first; i < smaller(g.rows, first + kRows); ++i)
+        sum = sum + load_words<false>(rows(i), n);
+      Vec* to = sums;
+      for (int64_t bits = blocks++; bits & 1; bits >>= 1) sum = *to++ + sum;
+      *to = sum;
     }
   });
+  Vec sum = broadcast(0.0f);
+  for (int i = 0; blocks >> i > 0; ++i)
+    if (blocks >> i & 1) sum = sum + sums[i];
+  if (g.accumulate) sum = load_words<false>(static_cast<const float*>(g.out) + column, n) + sum;
   with_rows(out, 0, column, [&](auto to) { store_some(to.first, sum, n); });
 }
 

@@ -231,8 +231,8 @@ IC_INLINE float reduce_min(Vec a) {
 }
 
 // Rows become columns: four rounds of 16 shuffles.
-IC_INLINE void transpose(Vec (&rows)[kLanes]) {
 #if defined(__AVX512F__)
+IC_INLINE void transpose(Vec (&rows)[kLanes]) {
   // Shuffles within 128 bits first: on a Zen 4 a quarter faster than rounds of two-source permutes.
   __m512 a[kLanes], b[kLanes];
 #pragma GCC unroll 8
@@ -259,8 +259,11 @@ IC_INLINE void transpose(Vec (&rows)[kLanes]) {
     rows[8 + c].part[0] = (NativeFloat)_mm512_shuffle_f32x4(even0, even1, 0xdd);
     rows[12 + c].part[0] = (NativeFloat)_mm512_shuffle_f32x4(odd0, odd1, 0xdd);
   }
+}
 #else
-  // Each round deals row i and row i + 8 out to rows 2i and 2i + 1.
+// Each round deals row i and row i + 8 out to rows 2i and 2i + 1. Not inlined: the rows do not fit
+// the registers, and the compiler takes a second over it.
+__attribute__((noinline)) inline void transpose(Vec (&rows)[kLanes]) {
   Lanes a[kLanes], b[kLanes];
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) a[i] = lanes_of(rows[i]);
@@ -281,8 +284,8 @@ IC_INLINE void transpose(Vec (&rows)[kLanes]) {
   deal(b, a);
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) __builtin_memcpy(&rows[i], &a[i], sizeof a[i]);
-#endif
 }
+#endif
 
 // ---- memory: n lanes (0..16) of an element type as floats and back, rounded to nearest even ----
 

@@ -150,6 +150,13 @@ IC_INLINE void pack_row(const T* from, int64_t n, float* to) {
 // Panels of b: kPanel columns at a time, each (words, kPanel).
 inline constexpr int64_t kPanel = 64;
 
+// Sixteen columns stay in registers where there are as many, if no index is variable.
+#if defined(__AVX512F__)
+#define IC_UNROLL_COLUMNS _Pragma("GCC unroll 16")
+#else
+#define IC_UNROLL_COLUMNS _Pragma("GCC unroll 1")
+#endif
+
 // Words of the first n of 16 rows from element k on, up to `depth`, as columns: 16 vectors, of
 // which those past the rows' ends are 0.
 template <bool kPairs, class T>
@@ -157,13 +164,13 @@ IC_INLINE void load_columns(const T* const (&rows)[kLanes], int64_t n, int64_t k
                             Vec (&tile)[kLanes]) {
   constexpr int64_t kStep = kPairs ? 2 * kLanes : kLanes;
   if (n >= kLanes && depth - k >= kStep) {
-#pragma GCC unroll 16
+    IC_UNROLL_COLUMNS
     for (int64_t i = 0; i < kLanes; ++i) {
       tile[i] = load_words<kPairs>(rows[i] + k, kStep);
       if (k + 4 * kStep < depth) __builtin_prefetch(rows[i] + k + 4 * kStep);
     }
   } else {
-#pragma GCC unroll 16
+    IC_UNROLL_COLUMNS
     for (int64_t i = 0; i < kLanes; ++i)
       tile[i] = i < n ? load_words<kPairs>(rows[i] + k, depth - k) : broadcast(0.0f);
   }
@@ -186,10 +193,10 @@ IC_INLINE void pack_columns(const RowOf& row, int64_t n, int64_t depth, float* t
       const int64_t left = words - word;
       float* at = panel + word * kPanel;
       if (left >= kLanes) {
-#pragma GCC unroll 16
+        IC_UNROLL_COLUMNS
         for (int64_t i = 0; i < kLanes; ++i) store(at + i * kPanel, tile[i]);
       } else {
-#pragma GCC unroll 16
+        IC_UNROLL_COLUMNS
         for (int64_t i = 0; i < kLanes; ++i)
           if (i < left) store(at + i * kPanel, tile[i]);
       }

@@ -304,7 +304,9 @@ class GPT(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., V) float32 logits of hidden states, never rounded to the compute dtype."""
         parameter = self.embed if self.unembed is None else self.unembed
-        return F.linear(hidden.float(), self._cast(parameter, widen=True))
+        if hidden.is_cuda:
+            return F.linear(hidden.float(), self._cast(parameter, widen=True))
+        return ops.linear(hidden, self._cast(parameter), out_dtype=torch.float32)
 
     def scores(self, hidden: Tensor) -> Tensor:
         """(...,) float32 scores of hidden states; the product is taken in float32."""
@@ -436,18 +438,18 @@ class GPT(nn.Module):
         branch = None
         for layer, block in enumerate(self.blocks):
             x, y = self._add_norm(x, branch, block.norm1, block.norm1_bias)
-            qkv = F.linear(y, cast(block.qkv), cast(block.qkv_bias))
+            qkv = ops.linear(y, cast(block.qkv), cast(block.qkv_bias))
             qkv = qkv.view(rows, sum(groups), config.head_dim)
             if block.q_norm is not None:
                 q, k, v = qkv.split(groups, 1)
                 q, k = self._head_norm(q, block.q_norm), self._head_norm(k, block.k_norm)
                 qkv = torch.cat((q, k, v), 1)
             y = attend(layer, qkv).reshape(rows, config.heads * config.head_dim)
-            branch = F.linear(y, cast(block.out), cast(block.out_bias))
+            branch = ops.linear(y, cast(block.out), cast(block.out_bias))
             x, y = self._add_norm(x, branch, block.norm2, block.norm2_bias)
-            y = F.linear(y, cast(block.up), cast(block.up_bias))
+            y = ops.linear(y, cast(block.up), cast(block.up_bias))
             y = _SwiGLU.apply(y) if config.family != "gpt2" else F.gelu(y, approximate="tanh")
-            branch = F.linear(y, cast(block.down), cast(block.down_bias))
+            branch = ops.linear(y, cast(block.down), cast(block.down_bias))
         return self._add_norm(x, branch, self.norm, self.norm_bias)[1]
 
     # -- making one from another ------------------------------------------------------------------

@@ -64,6 +64,11 @@ def token_logprobs(device):
     return named | {"temperature": torch.rand(N, device=device) + 0.5}, {}
 
 
+def linear(device):
+    x, weight, bias = tensors(device, (N, 200), (V, 200), (V,))
+    return {"x": x, "_weight": weight, "_bias": bias}, {}
+
+
 def linear_cross_entropy(device):
     hidden, weight = tensors(device, (N, 64), (V, 64))
     targets = torch.randint(V, (N,), device=device)
@@ -108,6 +113,7 @@ CASES = {
     "cross_entropy": [cross_entropy, linear_cross_entropy],
     "token_logprobs": [token_logprobs, linear_token_logprobs],
     "gae": [gae],
+    "linear": [linear],
     "ppo_advantage": [ppo_advantage],
     "ppo_loss": [ppo_loss],
     "sample": [sample],

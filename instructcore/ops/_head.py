@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._common import check_device, check_float, check_shape, fresh_pages
+from ._common import check_device, check_float, check_shape, fresh_pages, last_contiguous
+from .linear import multiply, multiply_input, multiply_weight, sum_rows
 
 SLAB_BYTES = 4 << 20  # of a 16-bit weight as float32, at a time; at most a quarter of the whole
 
@@ -31,15 +32,16 @@ class Head:
     `grads` are those of hidden, weight and bias, to be filled, None where not needed. `rows` says
     which rows count (`live_rows`).
 
-    float32 weights go to the GEMM as they are, 16-bit ones as float32 slabs, for on the CPU torch
-    rounds the product of two 16-bit matrices to 16 bits; on CUDA it does not. Gradients are formed
-    in float32, and grad_hidden is rounded once, to hidden's type; but for bfloat16 hidden and
-    weight the GEMMs of the backward take the logits' gradient as bfloat16. grad_weight sums chunks
-    in float32.
+    On the CPU the GEMMs are `linear`'s, which take any pair of types: a row's logits have the bits
+    of `linear` in every chunk. On CUDA they are torch's: 16-bit matrices whose product is wanted in
+    float32 are multiplied as they are, or the weight goes as float32 slabs where the other matrix
+    is float32. Gradients are formed in float32, and grad_hidden is rounded once, to hidden's type;
+    but for bfloat16 hidden and weight the GEMMs of the backward take the logits' gradient as
+    bfloat16. grad_weight sums chunks in float32.
 
-    The workspace: a slab or two, two rows of the vocabulary (bias and its gradient), and for each
-    row of a chunk its logits, their gradient where it is bfloat16, and at most 8 bytes a channel
-    for copies of hidden and of its gradient.
+    The workspace: a slab, two rows of the vocabulary (bias and its gradient), and for each row of a
+    chunk its logits, their gradient where it is bfloat16, and at most 8 bytes a channel for copies
+    of hidden and of its gradient.
     """
 
     def __init__(
@@ -51,7 +53,9 @@ class Head:
         max_workspace_bytes: int,
         grads: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
     ):
-        self.hidden, self.weight, self.index = hidden, weight, rows.index
+        self.ours = not hidden.is_cuda
+        self.hidden, self.index = hidden, rows.index
+        self.weight = last_contiguous(weight) if self.ours else weight
         self.bias = None if bias is None else bias.float()
         vocab, channels = weight.shape
         self.grad_hidden, self.grad_weight, self.grad_bias = grads
@@ -59,15 +63,14 @@ class Head:
         self.low = trained and hidden.dtype == weight.dtype == torch.bfloat16
         self.dead = rows.dead if self.grad_weight is not None else None
         self.rows = len(hidden) if self.index is None else len(self.index)
-        # Whether 16-bit matrices can be multiplied into float32 without a detour.
-        self.mixed = hidden.is_cuda and hidden.dtype == weight.dtype != torch.float32
+        self.mixed = hidden.dtype == weight.dtype != torch.float32  # two 16-bit matrices
         self.slab, self.wide = vocab, None
         budget = max_workspace_bytes - 8 * vocab
-        if weight.dtype != torch.float32 and not (self.mixed and (self.low or not trained)):
+        if not self.ours and self.mixed and trained and not self.low:
             slab_bytes = min(SLAB_BYTES, max_workspace_bytes // 4)
             self.slab = min(vocab, max(1, slab_bytes // (4 * channels)))
             self.wide = weight.new_empty((self.slab, channels), dtype=torch.float32)
-            budget -= (8 if self.low else 4) * self.wide.numel()  # add_ makes a float32 copy
+            budget -= 4 * self.wide.numel()
         per_row = (6 if self.low else 4) * vocab + 8 * channels
         chunks = -(-self.rows // max(1, budget // per_row))
         self.step = -(-self.rows // max(1, chunks))
@@ -92,7 +95,11 @@ class Head:
             if self.dead is not None:  # NaN there, times 0, would spoil the weights' gradient
                 self.input = self.input.masked_fill(cut(self.dead, rows)[:, None], 0.0)
             logits = cut(self.logits, slice(0, n))
-            self._project(logits)
+            if self.ours:
+                self.input = last_contiguous(self.input)
+                multiply(self.input, self.weight, self.bias, logits)
+            else:
+                self._project(logits)
             yield rows, logits, cut(self.slopes, slice(0, n))
 
     def back(self, rows: slice, slopes: Tensor) -> None:
@@ -101,23 +108,16 @@ class Head:
         if self.grad_hidden is not None:
             self._back_hidden(rows, slopes)
         if self.grad_weight is not None:
-            inputs = self.input if self.low else self.input.float()
-            for part in self._parts():
-                to, by = cut(self.grad_weight, part), self._columns(slopes, part).t()
-                if self.low and self.mixed:
-                    torch.addmm(to, by, inputs, torch.float32, beta=keep, out=to)
-                elif self.low:
-                    product = self.wide.flatten().view(torch.bfloat16)  # the slab's place
-                    product = product[: to.numel()].view(to.shape)
-                    torch.mm(by, inputs, out=product)
-                    to.add_(product) if keep else to.copy_(product)
-                else:
-                    torch.addmm(to, by, inputs, beta=keep, out=to)
-        if self.grad_bias is not None:
-            if self.low:  # here, or sum would make a float32 copy
-                slopes = cut(self.logits, slice(0, len(slopes))).copy_(slopes)
-            total = slopes.sum(0)
-            self.grad_bias.add_(total) if keep else self.grad_bias.copy_(total)
+            self._back_weight(slopes, keep)
+        if self.grad_bias is None:
+            return
+        if self.ours:
+            sum_rows(slopes, self.grad_bias, bool(keep))
+            return
+        if self.low:  # here, or sum would make a float32 copy
+            slopes = cut(self.logits, slice(0, len(slopes))).copy_(slopes)
+        total = slopes.sum(0)
+        self.grad_bias.add_(total) if keep else self.grad_bias.copy_(total)
 
     def _rows_of(self, tensor: Tensor, rows: slice) -> Tensor:
         return cut(tensor, rows) if self.index is None else tensor[cut(self.index, rows)]
@@ -144,19 +144,31 @@ class Head:
                 logits += self.bias
             return
         inputs = self.input.float()
-        for part, weight in self._slabs():
-            out = self._columns(logits, part)
-            if self.bias is None:
-                torch.mm(inputs, weight.t(), out=out)
+        if self.bias is None:
+            torch.mm(inputs, self.weight.t(), out=logits)
+        else:
+            torch.addmm(self.bias, inputs, self.weight.t(), out=logits)
+
+    def _back_weight(self, slopes: Tensor, keep: int) -> None:
+        if self.ours:
+            multiply_weight(slopes, self.input, self.grad_weight, bool(keep))
+            return
+        inputs = self.input if self.low else self.input.float()
+        for part in self._parts():
+            to, by = cut(self.grad_weight, part), self._columns(slopes, part).t()
+            if self.low:
+                torch.addmm(to, by, inputs, torch.float32, beta=keep, out=to)
             else:
-                torch.addmm(cut(self.bias, part), inputs, weight.t(), out=out)
+                torch.addmm(to, by, inputs, beta=keep, out=to)
 
     def _back_hidden(self, rows: slice, slopes: Tensor) -> None:
         to = out = cut(self.grad_hidden, rows)
-        if self.index is not None or not (self.low or out.dtype == torch.float32):
-            dtype = torch.bfloat16 if self.low else torch.float32
+        dtype = to.dtype if self.ours or self.low else torch.float32
+        if self.index is not None or dtype != to.dtype:
             out = torch.empty_like(to, dtype=dtype)
-        if self.low:
+        if self.ours:
+            multiply_input(slopes, self.weight, out)
+        elif self.low:
             torch.mm(slopes, self.weight, out=out)
         else:
             for part, weight in self._slabs():

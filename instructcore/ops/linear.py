@@ -158,12 +158,13 @@ def linear(
     Raises:
         TypeError, ValueError: an element type, shape or device is not the documented one.
 
-    Numerics: sums are float32, rounded once. k is summed in blocks of 128, each one chain in its
-    order, whose sums are added in theirs: a row's bits depend on that row, weight and bias alone,
-    not on the other rows, their number, threads or strides, and gradients are the same bits for any
-    number of threads. bfloat16 is multiplied in pairs, as the instruction of AVX-512 BF16 does,
-    with the same bits where the machine lacks it, denormals aside. float16 costs what float32
-    does. On CUDA all this is torch's own `linear`, in float32 for out_dtype=torch.float32.
+    Numerics: sums are float32, rounded once. k is summed in blocks of 64 (bfloat16: 64 pairs), each
+    one chain in its order, whose sums are added in theirs: a row's bits depend on that row, weight
+    and bias alone, not on the other rows, their number, threads or strides, and gradients are the
+    same bits for any number of threads. bfloat16 is multiplied in pairs, as the instruction of
+    AVX-512 BF16 does, with the same bits where the machine lacks it, denormals aside. float16 costs
+    what float32 does. On CUDA all this is torch's own `linear`, in float32 for
+    out_dtype=torch.float32.
 
     Source: the order of sums that no batch changes: He 2025, "Defeating nondeterminism in LLM
     inference", Thinking Machines Lab.
@@ -177,9 +178,7 @@ def linear(
             inputs = (None if t is None else t.to(out_dtype) for t in inputs)
         return F.linear(*inputs)
     wide = wide and out_dtype != x.dtype
-    trained = (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    )
+    trained = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if trained and torch.is_grad_enabled():
         return _Linear.apply(x, weight, bias, wide)[0]
     return _linear(x, weight, bias, wide)

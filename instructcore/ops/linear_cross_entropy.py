@@ -234,8 +234,9 @@ def linear_cross_entropy(
     Numerics: logits are float32, not rounded to hidden's type; weight's gradient is summed in
     float32. bfloat16: the GEMMs of the gradients take the logits' gradient as bfloat16. A scalar
     loss takes three GEMMs, its gradients are formed in the forward; reduction="none" and float16
-    four. Without a gradient to form only the logits' GEMM runs. The GEMMs are torch's, so the bits
-    are the same from run to run, but another number of threads may round otherwise.
+    four. Without a gradient to form only the logits' GEMM runs. On the CPU the GEMMs are those of
+    `linear`: the bits do not depend on the threads, and a row's loss not on the other rows. On CUDA
+    they are torch's.
 
     Source: Wijmans et al. 2024, arXiv:2411.09009; gradients in the forward: Hsu et al. 2024,
     arXiv:2410.10989.

@@ -300,8 +300,8 @@ def linear_token_logprobs(
         TypeError, ValueError: an element type, shape, device or setting is not the documented one.
 
     Numerics: as `linear_cross_entropy`; four GEMMs with the backward, which forms the logits again.
-    Without a gradient to form only the logits' GEMM runs. The GEMMs are torch's, so the bits are
-    the same from run to run, but another number of threads may round otherwise.
+    Without a gradient to form only the logits' GEMM runs. On the CPU a row has the bits of
+    `token_logprobs` of `linear`'s float32 logits.
 
     Source: as `linear_cross_entropy` and `token_logprobs`.
     """
