@@ -52,16 +52,20 @@ IC_INLINE void store_some(T* to, Vec x, int64_t n) {
   }
 }
 
-// c[row][column + j] = round(sums[j] + bias[column + j]) for n columns.
-void store_row(const LinearArgs& g, int64_t row, int64_t column, int64_t n, const float* sums) {
+// c[row + i][column + j] = round(sums[i][j] + bias[column + j]), rows x n of them.
+IC_INLINE void store_sums(const LinearArgs& g, int64_t row, int64_t column, int64_t rows, int64_t n,
+                          const float* sums, int64_t ld) {
   const LinearMatrix bias{const_cast<void*>(g.bias), 0, g.bias_dtype};
   with_rows(g.c, row, column, [&](auto to) {
     for (int64_t j = 0; j < n; j += kLanes) {
-      Vec x = load(sums + j);
+      Vec more = broadcast(0.0f);
       if (g.bias)
         with_rows(bias, 0, column + j,
-                  [&](auto from) { x = x + load_words<false>(from.first, n - j); });
-      store_some(to.first + j, x, n - j);
+                  [&](auto from) { more = load_words<false>(from.first, n - j); });
+      for (int64_t i = 0; i < rows; ++i) {
+        const Vec x = load(sums + i * ld + j);
+        store_some(to(i) + j, g.bias ? x + more : x, n - j);
+      }
     }
   });
 }
@@ -82,7 +86,7 @@ struct Plan {
     if (by_columns) return round_up(rows, kLanes) * chunk;
     return packed ? kTileRows * round_up(chunk, kLanes) : 0;
   }
-  int64_t sum_floats() const { return (whole() ? kTileRows : rows) * panels * kPanel; }
+  int64_t sum_floats() const { return whole() ? kTileRows * kPanel : rows * panels * kPanel; }
 };
 
 Plan plan_of(const LinearArgs& g) {
@@ -111,12 +115,11 @@ Plan plan_of(const LinearArgs& g) {
   return p;
 }
 
-// Tasks in a piece of the thread pool: a million flops and a megabyte take some 10 microseconds.
-int64_t grain_of(double flops, double bytes, int64_t tasks) {
-  const double pieces = (flops + bytes) * 1e-6;
-  return pieces >= static_cast<double>(tasks)
-             ? 1
-             : static_cast<int64_t>(static_cast<double>(tasks) / larger(1, pieces));
+// Tasks in a piece of the thread pool: half a million flops and bytes take some 5 microseconds.
+int64_t grain_of(const LinearArgs& g, int64_t tasks) {
+  const double work = 2.0 * g.rows * g.columns * g.depth + 4.0 * g.columns * g.depth;
+  const double pieces = work * 2e-6 + 1.0;
+  return pieces >= static_cast<double>(tasks) ? 1 : ceil_div(tasks, static_cast<int64_t>(pieces));
 }
 
 // ---- many rows ----
@@ -170,36 +173,40 @@ class Task {
 
   // The part from `word` on of the sums of a tile of rows from m on.
   void multiply_rows(int64_t m, int64_t word) {
-    const int64_t rows = smaller(kTileRows, end_row_ - m), ld = plan_.panels * kPanel;
-    float* sums = plan_.whole() ? sums_ : sums_ + (m - row_) * ld;
-    if (g_.accumulate && word == 0) load_sums(m, rows, sums, ld);
+    const int64_t rows = smaller(kTileRows, end_row_ - m);
+    const bool last = word + words_ >= plan_.words;
+    Tile tile{a_, b_, sums_};
+    tile.lda = round_up(plan_.rows, kLanes);
+    tile.ldb = kPanel;
+    tile.ldc = plan_.whole() ? kPanel : plan_.panels * kPanel;
     const float *a = a_, *b = b_;
-    int64_t lda = round_up(plan_.rows, kLanes);
     if (g_.form == LinearForm::kWeight) {
       a = a_ + m - row_;
     } else if (plan_.packed) {
-      lda = round_up(words_, kLanes);
-      pack_rows_of_a(m, rows, word, lda);
+      tile.lda = round_up(words_, kLanes);
+      pack_rows_of_a(m, rows, word, tile.lda);
     } else {
-      lda = g_.a.row / kElements;
-      a = static_cast<const float*>(g_.a.data) + m * lda + word;
+      tile.lda = g_.a.row / kElements;
+      a = static_cast<const float*>(g_.a.data) + m * tile.lda + word;
     }
     for (int64_t j = column_; j < end_column_; j += kPanel, b += words_ * kPanel) {
-      const int64_t columns = round_up(smaller(kPanel, end_column_ - j), kLanes);
+      const int64_t n = smaller(kPanel, end_column_ - j);
+      tile.c = plan_.whole() ? sums_ : sums_ + (m - row_) * tile.ldc + j - column_;
+      if (g_.accumulate && word == 0) load_sums(m, j, rows, n, tile);
       for (int64_t k = 0; k == 0 || k < words_; k += kLinearBlock) {
-        const bool fresh = word + k == 0 && !g_.accumulate;
-        Tile tile{a + k, b + k * kPanel, sums + j - column_, fresh ? nullptr : kOnes};
-        tile.lda = lda, tile.ldb = kPanel, tile.ldc = ld;
+        tile.b = b + k * kPanel;
+        tile.keep = word + k == 0 && !g_.accumulate ? nullptr : kOnes;
         tile.depth = smaller(kLinearBlock, words_ - k);
         if (g_.form == LinearForm::kWeight) {
-          tile.a = a + k * lda;
-          multiply<Layout::kColumns>(plan_.word, tile, rows, columns);
+          tile.a = a + k * tile.lda;
+          multiply<Layout::kColumns>(plan_.word, tile, rows, round_up(n, kLanes));
         } else {
-          multiply(plan_.word, tile, rows, columns);
+          tile.a = a + k;
+          multiply(plan_.word, tile, rows, round_up(n, kLanes));
         }
       }
+      if (last) store_sums(g_, m, j, rows, n, tile.c, tile.ldc);
     }
-    if (word + words_ >= plan_.words) store_sums(m, rows, sums, ld);
   }
 
   void pack_rows_of_a(int64_t m, int64_t rows, int64_t word, int64_t lda) {
@@ -209,15 +216,10 @@ class Task {
     });
   }
 
-  void load_sums(int64_t m, int64_t rows, float* sums, int64_t ld) {
-    const Rows<float> from{static_cast<float*>(g_.c.data) + m * g_.c.row + column_, g_.c.row};
-    for (int64_t i = 0; i < rows; ++i)
-      pack_row<false>(from(i), end_column_ - column_, sums + i * ld);
-  }
-
-  void store_sums(int64_t m, int64_t rows, const float* sums, int64_t ld) {
-    for (int64_t i = 0; i < rows; ++i)
-      store_row(g_, m + i, column_, end_column_ - column_, sums + i * ld);
+  void load_sums(int64_t m, int64_t column, int64_t rows, int64_t n, const Tile& tile) const {
+    with_rows(g_.c, m, column, [&](auto from) {
+      for (int64_t i = 0; i < rows; ++i) pack_row<false>(from(i), n, tile.c + i * tile.ldc);
+    });
   }
 
   const LinearArgs& g_;
@@ -229,8 +231,7 @@ class Task {
 template <bool kPairs>
 void run_tasks(const LinearArgs& g, const Plan& plan) {
   const int64_t tasks = plan.row_tasks * plan.panel_tasks;
-  const double work = 2.0 * g.rows * g.columns * g.depth, bytes = 4.0 * g.columns * g.depth;
-  parallel_rows(tasks, grain_of(work, bytes, tasks), g.threads, [&](int64_t begin, int64_t end) {
+  parallel_rows(tasks, grain_of(g, tasks), g.threads, [&](int64_t begin, int64_t end) {
     Task<kPairs> task(g, plan);
     for (int64_t i = begin; i < end; ++i) task.run(i / plan.panel_tasks, i % plan.panel_tasks);
   });
@@ -275,7 +276,7 @@ void stream_columns(const LinearArgs& g, const float* a, int64_t lda, Rows<T> b,
   for (int m = 0; m < kRows; ++m) {
     float row[kLanes];
     store(row, sum[m]);
-    store_row(g, m, column, n, row);
+    store_sums(g, m, column, 1, n, row, kLanes);
   }
 }
 
@@ -300,8 +301,7 @@ void stream(const LinearArgs& g, const Plan& plan) {
     a = packed;
   }
   const int64_t tasks = ceil_div(g.columns, kLanes);
-  const double work = 2.0 * g.rows * g.columns * g.depth, bytes = 4.0 * g.columns * g.depth;
-  parallel_rows(tasks, grain_of(work, bytes, tasks), g.threads, [&](int64_t begin, int64_t end) {
+  parallel_rows(tasks, grain_of(g, tasks), g.threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       with_rows<kPairs>(g.b, i * kLanes, 0, [&](auto b) {
         if constexpr (!kPairs) {

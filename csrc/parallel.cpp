@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <memory>
@@ -51,18 +52,22 @@ class Pool {
     inside_ = true;
     job.work();
     inside_ = false;
-    // Whoever has not sat down by now is not waited for.
+    {  // Whoever has not sat down by now is not waited for.
+      std::lock_guard<std::mutex> lock(state_);
+      seats_ = 0;
+      job_ = nullptr;
+    }
+    spin_until([this] { return busy_ == 0; });
     std::unique_lock<std::mutex> lock(state_);
-    seats_ = 0;
-    job_ = nullptr;
     done_.wait(lock, [this] { return busy_ == 0; });
   }
 
  private:
   void serve() {
     inside_ = true;
-    std::unique_lock<std::mutex> lock(state_);
     for (;;) {
+      spin_until([this] { return seats_ > 0; });
+      std::unique_lock<std::mutex> lock(state_);
       wake_.wait(lock, [this] { return seats_ > 0; });
       Job* job = job_;
       --seats_;
@@ -74,12 +79,30 @@ class Pool {
     }
   }
 
+  // Looks for a short while before going to sleep: to be woken takes 50 us in a virtual machine,
+  // and the next call of a model, or the end of the last piece, is often nearer than that.
+  template <class Condition>
+  static void spin_until(const Condition& holds) {
+    constexpr auto kLong = std::chrono::microseconds(50);
+    const auto end = std::chrono::steady_clock::now() + kLong;
+    while (!holds() && std::chrono::steady_clock::now() < end)
+      for (int i = 0; i < 32; ++i) pause();
+  }
+
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+  }
+
   std::mutex owner_;  // held by the one call that has the pool
-  std::mutex state_;  // guards what follows
+  std::mutex state_;  // guards changes of what follows
   std::condition_variable wake_, done_;
   Job* job_ = nullptr;
-  int seats_ = 0;  // helpers that may still join the job
-  int busy_ = 0;   // helpers at work
+  std::atomic<int> seats_{0};  // helpers that may still join the job
+  std::atomic<int> busy_{0};   // helpers at work
   int workers_ = 0;
   static thread_local bool inside_;  // this thread runs a piece: a nested call stays on it
 };

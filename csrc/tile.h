@@ -42,7 +42,7 @@ inline constexpr int kTileRows = 6, kTileVecs = 1;
 struct Tile {
   const void *a, *b;
   float* c;
-  const float* keep;  // (rows,); null: c is only written
+  const float* keep = nullptr;  // (rows,); null: c is only written
   int64_t lda = 0, ldb = 0, ldc = 0, depth = 0;
 };
 

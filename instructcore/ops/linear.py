@@ -35,9 +35,12 @@ def _allocate(x: Tensor, weight: Tensor, bias: Tensor | None, wide: bool) -> Ten
             f"{tuple(weight.shape)}"
         )
     check_float("linear", x=x)
-    check_dtype("linear", x.dtype, weight=weight, bias=bias)
-    check_shape("linear", (weight.shape[0],), bias=bias)
-    check_device("linear", x, weight=weight, bias=bias)
+    check_dtype("linear", x.dtype, weight=weight)
+    check_device("linear", x, weight=weight)
+    if bias is not None:
+        check_dtype("linear", x.dtype, bias=bias)
+        check_shape("linear", (weight.shape[0],), bias=bias)
+        check_device("linear", x, bias=bias)
     dtype = torch.float32 if wide else x.dtype
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
 
