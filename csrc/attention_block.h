@@ -66,6 +66,16 @@ struct Rows {
     if (group == 1) return base + row * token;
     return base + r / group * token + r % group * head;
   }
+  // Where rows first .. first + n - 1 are; of keys and values.
+  template <class T>
+  IC_INLINE void locate(int64_t first, int64_t n, const T** to) const {
+    for (int64_t i = 0; i < n;) {
+      const char* from = at(first + i);
+      const int64_t left = table ? block_size - (first + i) % block_size : n;
+      for (const int64_t stop = smaller(n, i + left); i < stop; ++i, from += token)
+        to[i] = reinterpret_cast<const T*>(from);
+    }
+  }
   // As a row is packed, the one that will be kAhead rows later.
   static constexpr int64_t kAhead = kLanes;
   IC_INLINE void prefetch_after(int64_t row, int64_t bytes) const {

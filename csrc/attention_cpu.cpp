@@ -79,6 +79,8 @@ template <Word kWord>
 class ForwardTask {
   static constexpr int kMostUnpacked = 6;    // rows
   static constexpr int64_t kMostKeys = 256;  // of a block
+  // Rows from a read to the prefetch of another: into L2, whose misses outnumber those of L1.
+  static constexpr int64_t kAhead = 64;
 
  public:
   ForwardTask(const AttentionArgs& args, const AttentionPlan& plan, const Sequence& s,
@@ -139,33 +141,37 @@ class ForwardTask {
 
   template <int kRows, class T>
   void add_unpacked(T*, int64_t rows, int64_t end_key) {
-    constexpr int64_t kAhead = 2 * kLanes;  // keys, prefetched
-    const T *k_at[kMostKeys + kAhead], *v_at[kMostKeys + kAhead];
+    const T* at[2 * kMostKeys + kAhead];  // in the order in which they are read
+    const auto locate = [&](const Rows& from, int64_t row, int64_t n, const T** to) {
+      const int64_t there = smaller(n, end_key - row);
+      if (there > 0) from.locate(row, there, to);
+      for (int64_t i = larger(there, 0); i < n; ++i) to[i] = to[i - 1];
+    };
     const int64_t first_key = s_.first_seen(0);
     for (int64_t key = first_key / plan_.keys * plan_.keys; key < end_key; key += plan_.keys) {
       const int64_t a = larger(0, first_key - key), z = smaller(plan_.keys, end_key - key);
-      const int64_t v0 = a / kLanes, v1 = (z + kLanes - 1) / kLanes;
-      for (int64_t j = v0 * kLanes; j < v1 * kLanes + kAhead; ++j) {
-        const int64_t row = smaller(key + j, end_key - 1);
-        k_at[j] = reinterpret_cast<const T*>(k_.at(row));
-        v_at[j] = reinterpret_cast<const T*>(v_.at(row));
-      }
-      for (int64_t v = v0; v < v1; ++v)
-        multiply_16_keys<kRows>(k_at + v * kLanes, logits_ + v * kLanes);
+      const int64_t v0 = a / kLanes, v1 = (z + kLanes - 1) / kLanes, n = (v1 - v0) * kLanes;
+      locate(k_, key + v0 * kLanes, n, at);
+      locate(v_, key + v0 * kLanes, n, at + n);
+      locate(k_, key + plan_.keys, kAhead, at + 2 * n);
+      for (int64_t i = 0; i < n; i += kLanes)
+        multiply_16_keys<kRows>(at + i, logits_ + v0 * kLanes + i);
       float keep[kMostUnpacked] = {};
       softmax(0, rows, 0, key, z, v0, v1, keep);
       if (key <= first_key) __builtin_memset(out_, 0, kRows * plan_.padded * sizeof(float));
+      const T* const* values = at + n - v0 * kLanes;
       int64_t d = 0;
       for (; a_.dim - d >= kTileVecs * kLanes; d += kTileVecs * kLanes)
-        multiply_values<kRows, kTileVecs>(v_at, a, z, d, keep);
-      for (; d < a_.dim; d += kLanes) multiply_values<kRows, 1>(v_at, a, z, d, keep);
+        multiply_values<kRows, kTileVecs>(values, a, z, d, keep);
+      for (; d < a_.dim; d += kLanes) multiply_values<kRows, 1>(values, a, z, d, keep);
     }
   }
 
-  // Logits of keys from[0] .. from[15]; prefetches those kAhead further.
+  // Logits of keys from[0] .. from[15].
   template <int kRows, class T>
   IC_INLINE void multiply_16_keys(const T* const* from, float* to) {
-    constexpr int64_t kStep = kLanes * kElements, kAhead = 2 * kLanes;
+    const int64_t rows_per_step = kLanes * kLanes / round_up(words_, kLanes);
+    int64_t row = 0;
     const T* rows[kLanes];
     for (int i = 0; i < kLanes; ++i) rows[i] = from[i];
     for (int64_t begin = 0; begin < words_; begin += kDepth) {
@@ -174,8 +180,9 @@ class ForwardTask {
       for (int64_t word = begin; word < smaller(words_, begin + kDepth); word += kLanes) {
         Vec columns[kLanes];
         load_columns<kWord != Word::kFloat>(rows, kLanes, word * kElements, a_.dim, columns);
-        for (int i = 0; i < kLanes; ++i)
-          __builtin_prefetch(from[i + kAhead] + word / kLanes * kStep);
+        for (int64_t row_end = row + rows_per_step; row < row_end; ++row)
+          for (int64_t d = 0; d < a_.dim; d += 64 / sizeof(T))
+            __builtin_prefetch(from[row + kAhead] + d, 0, 2);
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i)
           if (word + i < words_)
@@ -193,7 +200,6 @@ class ForwardTask {
   template <int kRows, int kVecs, class T>
   IC_INLINE void multiply_values(const T* const* from, int64_t a, int64_t z, int64_t d,
                                  const float* keep) {
-    constexpr int64_t kAhead = kLanes;
     const int64_t ld = words_of(kWord, plan_.keys);
     Vec sum[kRows][kVecs];
 #pragma GCC unroll 8
@@ -217,7 +223,7 @@ class ForwardTask {
       }
       for (int e = 0; e < kElements; ++e)
         for (int j = 0; j < kVecs; j += 64 / sizeof(T) / kLanes)
-          __builtin_prefetch(from[key + e + kAhead] + d + j * kLanes);
+          __builtin_prefetch(from[key + e + kAhead] + d + j * kLanes, 0, 2);
 #pragma GCC unroll 8
       for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 8
