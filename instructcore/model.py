@@ -357,8 +357,7 @@ class GPT(nn.Module):
             longest = {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
             return ops.attention_varlen(q, k, v, cu_seqlens, cu_seqlens, causal=True, **longest)
 
-        dropout = self.config.dropout if self.training else 0.0
-        return self._layers(tokens, positions, attend, dropout)
+        return self._layers(tokens, positions, attend)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, cu_seqlens: Tensor, cache: KVCache) -> Tensor:
@@ -382,7 +381,11 @@ class GPT(nn.Module):
             held = cache.keys[layer], cache.values[layer], cache.block_table, before
             return ops.attention_paged_(q, *held, cu_seqlens, k_new=k, v_new=v, **rotary)
 
-        hidden = self._layers(tokens, positions, attend, 0.0)
+        training, self.training = self.training, False  # dropout is not for generation
+        try:
+            hidden = self._layers(tokens, positions, attend)
+        finally:
+            self.training = training
         before += cu_seqlens.diff()
         return hidden
 
@@ -414,10 +417,10 @@ class GPT(nn.Module):
                 self._casts[key] = cast()
         return self._casts[key]
 
-    def _add_norm(self, x, branch, weight, bias, dropout) -> tuple[Tensor, Tensor]:
+    def _add_norm(self, x, branch, weight, bias) -> tuple[Tensor, Tensor]:
         """(x + branch, its norm in the compute dtype); without a branch yet, x itself."""
-        if branch is not None and dropout:
-            branch = F.dropout(branch, dropout)
+        if branch is not None and self.training and self.config.dropout:
+            branch = F.dropout(branch, self.config.dropout)
         eps = self.config.norm_eps
         if bias is None:
             result = _AddNorm.apply(x, branch, weight, eps, self.compute_dtype)
@@ -432,23 +435,19 @@ class GPT(nn.Module):
         return y.view(x.shape)
 
     def _layers(
-        self,
-        tokens: Tensor,
-        positions: Tensor | None,
-        attend: Callable[[int, Tensor], Tensor],
-        dropout: float,
+        self, tokens: Tensor, positions: Tensor | None, attend: Callable[[int, Tensor], Tensor]
     ) -> Tensor:
         """The trunk. `attend(layer, qkv (N, H + 2K, D))` gives (N, H, D); it knows the past."""
         config, cast = self.config, self._cast
         x = F.embedding(tokens, self.embed)
         if self.positions is not None:
             x = x + F.embedding(positions, self.positions)
-        if dropout:
-            x = F.dropout(x, dropout)
+        if self.training and config.dropout:
+            x = F.dropout(x, config.dropout)
         rows, groups = tokens.shape[0], (config.heads, config.kv_heads, config.kv_heads)
         branch = None
         for layer, block in enumerate(self.blocks):
-            x, y = self._add_norm(x, branch, block.norm1, block.norm1_bias, dropout)
+            x, y = self._add_norm(x, branch, block.norm1, block.norm1_bias)
             qkv = F.linear(y, cast(block.qkv), cast(block.qkv_bias))
             qkv = qkv.view(rows, sum(groups), config.head_dim)
             if block.q_norm is not None:
@@ -457,11 +456,11 @@ class GPT(nn.Module):
                 qkv = torch.cat((q, k, v), 1)
             y = attend(layer, qkv).reshape(rows, config.heads * config.head_dim)
             branch = F.linear(y, cast(block.out), cast(block.out_bias))
-            x, y = self._add_norm(x, branch, block.norm2, block.norm2_bias, dropout)
+            x, y = self._add_norm(x, branch, block.norm2, block.norm2_bias)
             y = F.linear(y, cast(block.up), cast(block.up_bias))
             y = _SwiGLU.apply(y) if config.family != "gpt2" else F.gelu(y, approximate="tanh")
             branch = F.linear(y, cast(block.down), cast(block.down_bias))
-        return self._add_norm(x, branch, self.norm, self.norm_bias, dropout)[1]
+        return self._add_norm(x, branch, self.norm, self.norm_bias)[1]
 
     # -- making one from another ------------------------------------------------------------------
 
