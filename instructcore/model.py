@@ -148,15 +148,9 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, turn: Tensor, out: Tensor) -> None:
-    """out = x times the unit complex numbers `turn` (N, 1, D/2), pairs being neighbours in D.
-
-    Each product is rounded, as in `ops.attention_paged_`: the generator's bits are the trainer's.
-    """
+    """out = x times the unit complex numbers `turn` (N, 1, D/2), pairs being neighbours in D."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    if x.shape[-1] % 16:  # torch's complex product fuses what does not fill its vectors of 8
-        a, b, cos, sin = pairs.real, pairs.imag, turn.real, turn.imag
-        out.copy_(torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2))
-    elif x.dtype == torch.float32:
+    if x.dtype == torch.float32:
         torch.mul(pairs, turn, out=torch.view_as_complex(out.unflatten(-1, (-1, 2))))
     else:
         out.copy_(torch.view_as_real(pairs * turn).flatten(-2))
