@@ -568,7 +568,7 @@ class Scheduler:
         aside: list[Request] = []
         forks: list[tuple[Request, Request]] = []
         budget = self.prefill_tokens or (8192 if self._device.type == "cuda" else 512)
-        if self._waiting:
+        if self._waiting and len(self._running) < self.max_batch:
             self._look_at_weights()
         while budget > 0 and (request := self._partial or self._next(len(joined) + len(aside))):
             request.fed = min(budget, len(request.ids) - request.held)
