@@ -30,6 +30,7 @@ COMMANDS = {
     "pretrain": Command("pretrain", "PretrainConfig", "run", "learn language from raw text"),
     "sft": Command("sft", "SFTConfig", "run", "learn to follow instructions from demonstrations"),
     "reward": Command("reward", "RewardConfig", "run", "learn to score responses from rankings"),
+    "dpo": Command("dpo", "DPOConfig", "run", "learn from rankings without a reward model (DPO)"),
     "ppo": Command("ppo", "PPOConfig", "run", "reinforcement learning from a reward (PPO)"),
     "generate": Command("generate", "GenerateConfig", "run", "answer prompts"),
     "chat": Command("generate", "ChatConfig", "chat", "talk to a checkpoint"),
