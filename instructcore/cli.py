@@ -33,6 +33,7 @@ COMMANDS = {
     "dpo": Command("dpo", "DPOConfig", "run", "learn from rankings without a reward model (DPO)"),
     "ppo": Command("ppo", "PPOConfig", "run", "reinforcement learning from a reward (PPO)"),
     "generate": Command("generate", "GenerateConfig", "run", "answer prompts"),
+    "label": Command("label", "LabelConfig", "run", "rank answers by hand, for reward and dpo"),
     "chat": Command("generate", "ChatConfig", "chat", "talk to a checkpoint"),
     "eval": Command("evaluate", "EvalConfig", "run", "score checkpoints on prompts"),
     "serve": Command("serve", "ServeConfig", "run", "serve a checkpoint, OpenAI-compatible"),
