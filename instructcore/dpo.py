@@ -91,7 +91,14 @@ class DPOConfig:
         schedule="constant",
         warmup=0.1,
         weight_decay=0.0,
-        paper={"lr": "1e-6", "schedule": "constant", "warmup": "150 steps", "warmup_from": "0"},
+        paper={
+            "lr": "1e-6",
+            "schedule": "constant",
+            "warmup": "150 steps",
+            "warmup_from": "0",
+            "beta1": "",  # RMSprop
+            "beta2": "",
+        },
     )
     run: RunConfig = group(RunConfig)
 

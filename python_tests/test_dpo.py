@@ -200,8 +200,9 @@ def test_order_does_not_matter(models):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_before_the_first_update_there_is_no_margin(tmp_path, dtype):
-    config = config_for(tmp_path, micro_batch=2)
-    out = RunConfig(dtype=dtype, out=config.run.out, log_every=1)
+    save_model(tmp_path / "base", dropout=0.5)  # which no comparison may see
+    write_comparisons(tmp_path / "data.jsonl")
+    out = RunConfig(dtype=dtype, out=str(tmp_path / "run"), log_every=1)
     run(config_for(tmp_path, micro_batch=2, run=out))
     first, *others = read_metrics(tmp_path / "run")
     assert first["loss"] == pytest.approx(math.log(2), rel=1e-6)

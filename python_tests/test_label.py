@@ -51,12 +51,15 @@ def lines(path):
 
 @pytest.fixture
 def spoken(monkeypatch):
-    """The answers are "sample 0", "sample 1", ..., in the order that they are drawn."""
+    """The answers are "sample 0", "sample 1", ..., in the order that they are drawn; the seeds."""
+    seeds = []
 
     def generate(self, prompts, params):
+        seeds.append(params.seed)
         return [Completion([257], [0.0], [0.0], "stop", f"sample {i}") for i in range(params.n)]
 
     monkeypatch.setattr("instructcore.label.Generator.generate", generate)
+    return seeds
 
 
 @pytest.mark.parametrize(
@@ -117,7 +120,7 @@ def test_ranks_belong_to_the_answers_shown(label, spoken, tmp_path, capsys):
         flags = [[], ["fails the instruction", "hallucination"], ["expresses moral judgment"]]
         assert [record["flags"][j] for j in order] == flags
         assert (record["prompt"], record["labeler"], record["seed"]) == (PROMPTS[i], "anonymous", 0)
-    assert len(orders) > 1
+    assert len(orders) > 1 and len(set(spoken)) == 3
     assert "写一首诗" in printed and "[bold]blue[/bold]" in printed
 
 
@@ -159,6 +162,18 @@ def test_answers_depend_on_seed_and_prompt_alone(label, tmp_path):
     assert session("two.jsonl") == one  # in another order; a prompt that comes twice is asked once
     other = session("three.jsonl", seed=1)
     assert all(other[p]["responses"] != one[p]["responses"] for p in PROMPTS)
+
+
+def test_each_line_is_on_the_disk_before_the_next_prompt(label, tmp_path, monkeypatch):
+    synced = []
+
+    def fsync(descriptor):
+        synced.append(os.fstat(descriptor).st_size)
+
+    monkeypatch.setattr("instructcore.label.os.fsync", fsync)
+    label("1 2 3\n" * 3)
+    ends = [m.end() for m in re.finditer(b"\n", (tmp_path / "out.jsonl").read_bytes())]
+    assert synced == ends and len(ends) == 3
 
 
 def test_half_a_line_is_dropped(label, tmp_path, capsys):
@@ -203,12 +218,15 @@ def test_reward_trains_on_the_file_as_it_is(label, tmp_path):
     assert (reward.run(config) / "model.safetensors").exists()
 
 
-def read_until(terminal, text, timeout=120.0):
-    """What comes from a terminal, up to and with `text`."""
+QUESTION = r"as 2>1=3: "  # nothing comes after it until something is typed
+
+
+def read_until(terminal, pattern, timeout=120.0):
+    """What comes from a terminal, until it ends in `pattern`."""
     seen, deadline = b"", time.monotonic() + timeout
-    while text.encode() not in seen:
+    while not re.search(f"{pattern}$", seen.decode(errors="replace"), re.DOTALL):
         ready, _, _ = select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))
-        assert ready, f"no {text!r} in {seen.decode(errors='replace')}"
+        assert ready, f"no {pattern!r} in {seen.decode(errors='replace')}"
         seen += os.read(terminal, 65536)
     return seen.decode()
 
@@ -228,23 +246,23 @@ def test_in_a_real_terminal(tmp_path):
         return process, ours
 
     process, terminal = session()
-    assert "3 prompts to rank" in read_until(terminal, "ranking, ")
+    assert "3 prompts to rank" in read_until(terminal, QUESTION)
     os.write(terminal, b"1>3\n")
-    read_until(terminal, "an answer is a number from 1 to 2, got '3'")
+    read_until(terminal, f"an answer is a number from 1 to 2, got '3'.*{QUESTION}")
     os.write(terminal, b"1=2\n")
-    assert "写一首诗" in read_until(terminal, "ranking, ")
+    assert "写一首诗" in read_until(terminal, QUESTION)
     process.kill()
     process.wait()
     os.close(terminal)
     assert [r["ranks"] for r in lines(tmp_path / "out.jsonl")] == [[1, 1]]
 
     process, terminal = session()
-    assert "写一首诗" in read_until(terminal, "ranking, ")
+    assert "写一首诗" in read_until(terminal, QUESTION)
     assert cli.main(command[3:]) == 2  # two at a time would ask the same
     os.write(terminal, b"2>1\n")
-    read_until(terminal, "ranking, ")
+    read_until(terminal, QUESTION)
     os.write(terminal, b"\x04")  # Ctrl-D
-    assert "1 rankings added" in read_until(terminal, "prompts are left")
+    assert "1 rankings added" in read_until(terminal, "prompts are left\r\n")
     assert process.wait(60) == 0
     os.close(terminal)
     assert [r["prompt"] for r in lines(tmp_path / "out.jsonl")] == PROMPTS[:2]
