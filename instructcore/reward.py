@@ -11,7 +11,7 @@ After training the bias is set so that demonstrations score 0 on average.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -52,12 +52,29 @@ class Ranking(NamedTuple):
     rows: list[list[int]]
     pairs: list[tuple[int, int]]  # (better, worse), ties left out
     best: int
+    begin: int  # where the response begins, in every row
 
 
 def pairs_of(ranks: Sequence[float]) -> list[tuple[int, int]]:
     """All (better, worse) of a ranking, in which a lower rank is better and equal ones are tied."""
     indices = range(len(ranks))
     return [(i, j) for i in indices for j in indices if ranks[i] < ranks[j]]
+
+
+def pairs_end_to_end(
+    rankings: Sequence[Ranking], prompts: int, device: torch.device
+) -> list[Tensor]:
+    """better, worse, weight (P,) of `ranking_loss`, where the rows of the rankings lie end to end.
+
+    The rankings are a part of a batch of `prompts`: the losses of its parts add up to its loss.
+    """
+    better, worse, weight, first = [], [], [], 0
+    for ranking in rankings:
+        better += [first + i for i, _ in ranking.pairs]
+        worse += [first + j for _, j in ranking.pairs]
+        weight += [1 / (len(ranking.pairs) * prompts)] * len(ranking.pairs)
+        first += len(ranking.rows)
+    return [torch.tensor(x, device=device) for x in (better, worse, weight)]
 
 
 def response_scores(model: GPT, rows: list[list[int]]) -> Tensor:
@@ -191,43 +208,43 @@ def encode(
         elif not pairs:
             tied += 1
         else:
-            rankings.append(Ranking(rows, pairs, comparison.ranks.index(min(comparison.ranks))))
+            best = comparison.ranks.index(min(comparison.ranks))
+            rankings.append(Ranking(rows, pairs, best, len(prompt)))
     report_dropped(too_long, len(comparisons), "comparisons", context)
     if tied:
-        print(f"reward: {tied} of {len(comparisons)} prompts have tied responses alone: left out")
+        print(f"{tied} of {len(comparisons)} prompts have tied responses alone: left out")
     check(bool(rankings), "no comparison to learn from: all of them are ties")
     return rankings
 
 
 def batch_loss(model: GPT, rankings: Sequence[Ranking], prompts: int) -> tuple[Tensor, Tensor]:
     """(the ranking loss of these prompts' share of a batch of `prompts`, all their scores)."""
-    better, worse, weight, first = [], [], [], 0
-    for ranking in rankings:
-        better += [first + i for i, _ in ranking.pairs]
-        worse += [first + j for _, j in ranking.pairs]
-        weight += [1 / (len(ranking.pairs) * prompts)] * len(ranking.pairs)
-        first += len(ranking.rows)
     scores = response_scores(model, [row for ranking in rankings for row in ranking.rows])
-    pairs = (torch.tensor(x, device=scores.device) for x in (better, worse, weight))
-    return ranking_loss(scores, *pairs), scores
+    return ranking_loss(scores, *pairs_end_to_end(rankings, prompts, scores.device)), scores
 
 
 @torch.no_grad()
 def evaluate(model: GPT, rankings: Sequence[Ranking], batch: int) -> Metrics:
-    """Held-out loss and the share of pairs that the scores order as the labels do, ties half."""
-    loss, right = 0.0, []
+    """Held-out loss, and how well the scores order the pairs."""
+    loss, scores = 0.0, []
     with model.frozen():
         for begin in range(0, len(rankings), batch):
             part = rankings[begin : begin + batch]
-            part_loss, scores = batch_loss(model, part, len(rankings))
+            part_loss, part_scores = batch_loss(model, part, len(rankings))
             loss += float(part_loss)
-            values = iter(scores.tolist())
-            for ranking in part:
-                own = [next(values) for _ in ranking.rows]
-                margins = [own[i] - own[j] for i, j in ranking.pairs]
-                right.append(sum((m > 0) + 0.5 * (m == 0) for m in margins))
+            scores += part_scores.tolist()
+    return {"val_loss": loss} | order_accuracy(rankings, scores)
+
+
+def order_accuracy(rankings: Sequence[Ranking], scores: Iterable[float]) -> Metrics:
+    """The share of pairs that the scores of all rows order as the labels do, ties half."""
+    values, right = iter(scores), []
+    for ranking in rankings:
+        own = [next(values) for _ in ranking.rows]
+        margins = [own[i] - own[j] for i, j in ranking.pairs]
+        right.append(sum((m > 0) + 0.5 * (m == 0) for m in margins))
     p, low, high = accuracy(right, [len(ranking.pairs) for ranking in rankings])
-    return {"val_loss": loss, "accuracy": p, "accuracy_low": low, "accuracy_high": high}
+    return {"accuracy": p, "accuracy_low": low, "accuracy_high": high}
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from instructcore.train import WALL_CLOCK, is_complete
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["torch", "torch.utils.tensorboard", "safetensors.torch", "tokenizers", "instructcore.cli"]
-    + [f"instructcore.{stage}" for stage in ("pretrain", "sft", "reward", "ppo")]
+    + [f"instructcore.{stage}" for stage in ("pretrain", "sft", "reward", "dpo", "ppo")]
 )
 
 

@@ -50,6 +50,13 @@ def test_reward(tmp_path, kills):
     check_kills([*arguments, "--batch", "8", *QUICK], tmp_path, kills, seed=3)
 
 
+def test_dpo(tmp_path, kills):
+    data, base = write_comparisons(tmp_path / "data.jsonl"), save_model(tmp_path / "base")
+    arguments = ["dpo", "--init", str(base), "--data", str(data), *"--epochs 3".split()]
+    arguments += "--batch 8 --micro-batch 4 --eval-every 4 --lr 1e-3".split()
+    check_kills([*arguments, *QUICK], tmp_path, kills, seed=5)
+
+
 def test_ppo(tmp_path, kills):
     """Policy, critic, their optimisers, the averages and the adaptive KL coefficient."""
     text, prompts = write_text(tmp_path / "text.txt"), write_demonstrations(tmp_path / "p.jsonl")

@@ -49,7 +49,7 @@ def rankings(n=6, k=4, seed=0):
     for _ in range(n):
         rows = [torch.randint(0, 256, (5 + i,), generator=generator).tolist() for i in range(k)]
         ranks = torch.randint(0, 3, (k - 1,), generator=generator).tolist() + [9]
-        made.append(Ranking(rows, pairs_of(ranks), 0))
+        made.append(Ranking(rows, pairs_of(ranks), 0, 2))
     return made
 
 
@@ -123,6 +123,7 @@ def test_encode_reads_prompt_marker_response_eos(capsys):
     (ranking,) = encode(comparisons, tokenizer, 32, "drop")
     assert ranking.rows[0] == [97, 258, 98, 257]
     assert ranking.pairs == [(1, 0), (2, 0)] and ranking.best == 1
+    assert ranking.rows[0][ranking.begin :] == [98, 257]
     assert "1 of 2 prompts have tied responses alone" in capsys.readouterr().out
 
 

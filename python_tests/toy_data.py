@@ -46,7 +46,7 @@ def write_comparisons(path: Path, n: int = 48, k: int = 3, seed: int = 0) -> Pat
     return write_jsonl(path, records)
 
 
-def save_model(directory: Path, seed: int = 0, **shape: int) -> Path:
+def save_model(directory: Path, seed: int = 0, **shape: float) -> Path:
     """A checkpoint of a random model over bytes."""
     tokenizer = Tokenizer.bytes()
     shape = {"context": 32, "layers": 1, "heads": 2, "width": 16} | shape
