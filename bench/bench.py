@@ -242,7 +242,8 @@ def record(rows: list[dict], device: str) -> Path:
 
 
 def main() -> int:
-    ops = sorted(path.stem[len("bench_") :] for path in HERE.glob("bench_*.py"))
+    ops = {path.stem[len("bench_") :] for path in HERE.glob("bench_*.py")}
+    ops = sorted(ops - {"bits"})  # a program of its own: it compares, and measures nothing
     # Ops that are measured with the one they belong to.
     within = {"attention_varlen": "attention", "attention_paged_": "attention"}
     within |= {"whiten_advantages": "ppo_advantage"}

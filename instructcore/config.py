@@ -2,8 +2,9 @@
 
 A field made by `option` carries its help, unit and the paper's value. `group` puts one dataclass
 into another; its fields are flattened, so `PretrainConfig.optim.lr` is `lr` in config.json and
-`--lr` on the command line. A field `given`, which is neither, gets the names that the command line
-set, for what a flag means beside another. This module imports nothing slow: `--help` needs it.
+`--lr` on the command line. Any other field is for programs alone; but one named `given` gets the
+names that the command line set, for what a flag means beside another. This module imports nothing
+slow: `--help` needs it.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def options(cls: type, **defaults: Any) -> Iterator[Option]:
                 if item.name not in f.metadata["hide"]:
                     paper = f.metadata["paper"].get(item.name, item.metadata.get("paper"))
                     yield item._replace(metadata={**item.metadata, "paper": paper})
-        elif f.name != "given":
+        elif "help" in f.metadata:
             kind, many = _value_type(hints[f.name])
             default = defaults.get(f.name, f.default)
             yield Option(f.name, _flag(f), kind, many, default, f.metadata, title)
@@ -82,7 +83,7 @@ def flatten(config: Any) -> dict[str, Any]:
         if f.metadata.get("group"):
             hide = f.metadata["hide"]
             flat |= {k: v for k, v in flatten(value).items() if k not in hide}
-        elif f.name != "given":
+        elif "help" in f.metadata:
             flat[f.name] = list(value) if isinstance(value, tuple) else value
     return flat
 

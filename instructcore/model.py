@@ -148,9 +148,15 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, turn: Tensor, out: Tensor) -> None:
-    """out = x times the unit complex numbers `turn` (N, 1, D/2), pairs being neighbours in D."""
+    """out = x times the unit complex numbers `turn` (N, 1, D/2), pairs being neighbours in D.
+
+    Each product is rounded, as in `ops.attention_paged_`: the generator's bits are the trainer's.
+    """
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    if x.dtype == torch.float32:
+    if x.shape[-1] % 16:  # torch's complex product fuses what does not fill its vectors of 8
+        a, b, cos, sin = pairs.real, pairs.imag, turn.real, turn.imag
+        out.copy_(torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2))
+    elif x.dtype == torch.float32:
         torch.mul(pairs, turn, out=torch.view_as_complex(out.unflatten(-1, (-1, 2))))
     else:
         out.copy_(torch.view_as_real(pairs * turn).flatten(-2))
@@ -190,8 +196,8 @@ class KVCache:
         config = model.config
         like = {"dtype": model.compute_dtype, "device": model.embed.device}
         shape = (blocks, block_size, config.kv_heads, config.head_dim)
-        self.keys = [torch.zeros(shape, **like) for _ in range(config.layers)]
-        self.values = [torch.zeros(shape, **like) for _ in range(config.layers)]
+        self.keys = [torch.empty(shape, **like) for _ in range(config.layers)]
+        self.values = [torch.empty(shape, **like) for _ in range(config.layers)]
         indices = {"dtype": torch.int32, "device": model.embed.device}
         self.block_table = torch.full((rows, max_blocks), -1, **indices)
         self.seqlens = torch.zeros(rows, **indices)
@@ -259,7 +265,7 @@ class GPT(nn.Module):
         self.head, self.compute_dtype = head, dtype
         self.token_ids: dict[str, int | list[int] | None] = {}
         self.extra: dict = {}
-        self._casts: dict[tuple[int, bool], Tensor] | None = None
+        self._freezes, self._casts = 0, {}  # see `frozen`; (id of a parameter, widened): cast
         width, vocab, is_gpt2 = config.width, config.vocab_size, config.family == "gpt2"
         untied = head == "lm" and not config.tie_head
         self.embed = nn.Parameter(torch.empty(vocab, width))
@@ -359,8 +365,8 @@ class GPT(nn.Module):
 
         Row b continues with tokens cu_seqlens[b] .. cu_seqlens[b + 1] - 1, one for a decode step,
         more for a chunk of a prompt. Their keys and values are appended to the cache, and its
-        seqlens advance. The caller has given each row the blocks it needs and keeps it within the
-        context.
+        seqlens advance, in place. The caller has given each row the blocks it needs and keeps it
+        within the context.
         """
         config, before = self.config, cache.seqlens
         positions = None
@@ -375,18 +381,24 @@ class GPT(nn.Module):
             held = cache.keys[layer], cache.values[layer], cache.block_table, before
             return ops.attention_paged_(q, *held, cu_seqlens, k_new=k, v_new=v, **rotary)
 
-        hidden = self._layers(tokens, positions, attend)
-        cache.seqlens = before + cu_seqlens.diff()
+        training, self.training = self.training, False  # dropout is not for generation
+        try:
+            hidden = self._layers(tokens, positions, attend)
+        finally:
+            self.training = training
+        before += cu_seqlens.diff()
         return hidden
 
     @contextmanager
     def frozen(self) -> Iterator[GPT]:
         """No weight changes within it, so without gradient each is cast once, not per call."""
-        outer, self._casts = self._casts, {} if self._casts is None else self._casts
+        self._freezes += 1
         try:
             yield self
-        finally:
-            self._casts = outer
+        finally:  # of several that overlap, whichever ends last
+            self._freezes -= 1
+            if not self._freezes:
+                self._casts.clear()
 
     def _cast(self, parameter: Tensor | None, widen: bool = False) -> Tensor | None:
         """The parameter in the compute dtype; `widen`: those values in float32."""
@@ -397,7 +409,7 @@ class GPT(nn.Module):
             rounded = parameter.to(self.compute_dtype)
             return rounded.float() if widen else rounded
 
-        if self._casts is None or (torch.is_grad_enabled() and parameter.requires_grad):
+        if not self._freezes or (torch.is_grad_enabled() and parameter.requires_grad):
             return cast()
         key = (id(parameter), widen)
         if key not in self._casts:

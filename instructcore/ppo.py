@@ -11,8 +11,10 @@ One iteration, t over the tokens of a response y to a prompt x:
 
 Everything is packed: position p of a sequence predicts token p + 1, so log-probability, value,
 reward and advantage of a response's token live at the position BEFORE it, and a mask says where
-those are. π and π_SFT are evaluated by the same forward on the same packed micro-batches that the
-first inner epoch trains on; so before the first update the log-ratios are 0 to the last bit.
+those are. log π is the generator's: on the CPU it has the bits of the trainer's forward, whatever
+the batch, so before the first update the log-ratios are 0 to the last bit (`--strict` checks it). A
+GPU's matrix products differ from batch to batch: there log π is computed again, on the same packed
+micro-batches that the first inner epoch trains on.
 
 Sources: Ouyang et al. 2022 (arXiv:2203.02155), §3.5 and appendix C.4; Stiennon et al. 2020
 (arXiv:2009.01325); Huang et al. 2024 (arXiv:2403.17031), "N+". What the paper leaves open is ours.
@@ -23,6 +25,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -44,6 +47,7 @@ from .config import (
     options,
 )
 from .data import EpochOrder, Prompt, TokenStream, pack, read_prompts, report_dropped
+from .errors import UserError
 from .evaluate import Judge, ModelJudge, RewardFunction, Sample, make_judge, sample_responses
 from .generate import SamplingParams
 from .model import GPT, load
@@ -152,6 +156,7 @@ class PPOConfig:
     ptx_context: int = option(
         128, "length of a window", unit="tokens", paper="2048", range="[2, inf)"
     )
+    strict: bool = option(False, "stop if generator and trainer differ in a log-prob's last bit")
     critic_lr: float = option(3e-4, "the critic's lr", paper="9e-6", range="(0, inf)")
     optim: OptimConfig = group(
         OptimConfig,
@@ -235,6 +240,7 @@ class Episodes:
 
     Tensors are (N,). `mask` is True at the positions that predict a token of a response: there
     `targets` is that token, and everything else belongs to it. Elsewhere nothing counts.
+    `old_logprobs` begin as the generator's.
     """
 
     starts: list[int]  # B + 1 offsets, on the host
@@ -254,7 +260,10 @@ class Episodes:
         packed = pack([(s.sequence, mask) for s, mask in zip(samples, masks, strict=True)])
         starts, packed = packed.cu_seqlens.tolist(), to_device(packed, device)
         blank = [torch.zeros(starts[-1], device=device) for _ in range(5)]
-        return cls(starts, packed.tokens, packed.targets, packed.targets >= 0, *blank)
+        episodes = cls(starts, packed.tokens, packed.targets, packed.targets >= 0, *blank)
+        drawn = [x for s in samples for x in s.completion.sampled_logprobs]
+        episodes.old_logprobs[episodes.mask] = torch.tensor(drawn, device=device)
+        return episodes
 
     def index(self, rows: Sequence[int]) -> Tensor:
         """Where the positions of these episodes are."""
@@ -282,16 +291,33 @@ def state_values(critic: GPT, part: Episodes) -> Tensor:
     return critic.scores(critic.hidden(part.tokens, part.cu_seqlens, max_seqlen=part.max_seqlen))
 
 
+def check_same(episodes: Episodes, drawn: Tensor) -> None:
+    """Stops at the first token whose log-probability the generator and the trainer disagree on."""
+    differ = (drawn.view(torch.int32) != episodes.old_logprobs.view(torch.int32)).nonzero()
+    if not len(differ):
+        return
+    at = int(differ[0])
+    row = bisect_right(episodes.starts, at) - 1
+    raise UserError(
+        f"--strict: after prompt {row} of this iteration, token {int(episodes.targets[at])} at "
+        f"position {at + 1 - episodes.starts[row]} has log-probability {float(drawn[at])!r} from "
+        f"the generator, but {float(episodes.old_logprobs[at])!r} from the trainer; {len(differ)} "
+        f"of {int(episodes.mask.sum())} differ"
+    )
+
+
 def split(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     """Consecutive parts of `order`, of `size` each."""
     return (order[first : first + size] for first in range(0, len(order), size))
 
 
-def response_logprobs(model: GPT, part: Episodes, temperature: float) -> ops.TokenLogprobs:
-    """Log-probabilities (N,) of the responses' tokens, 0 elsewhere, and entropies: one forward."""
+def response_logprobs(
+    model: GPT, part: Episodes, temperature: float, entropy: bool = False
+) -> ops.TokenLogprobs:
+    """Log-probabilities (N,) of the responses' tokens, 0 elsewhere, of one forward."""
     hidden = model.hidden(part.tokens, part.cu_seqlens, max_seqlen=part.max_seqlen)
     return ops.linear_token_logprobs(
-        hidden, model.head_weight, part.targets, temperature=temperature
+        hidden, model.head_weight, part.targets, temperature=temperature, entropy=entropy
     )
 
 
@@ -338,15 +364,14 @@ class PPO:
         scores = self.score(samples)
         episodes = Episodes.of(samples, self.device)
         orders = [self.order(step, epoch) for epoch in range(config.inner_epochs)]
-        entropy = self.assess(episodes, orders[0])
-        metrics = self.estimate(episodes, samples, scores)
+        metrics = self.assess(episodes, orders[0])
+        metrics |= self.estimate(episodes, samples, scores)
         minibatches = [rows for order in orders for rows in split(order, config.minibatch)]
         updates = [
             self.update(step, step * len(minibatches) + i, episodes, rows)
             for i, rows in enumerate(minibatches)
         ]
         metrics |= summarise(updates) | {
-            "ppo/entropy": entropy,
             "kl_coef": extra["kl_coef"],
             "skipped_updates": extra["skipped_updates"],
             "lr": learning_rate(config.optim, step, config.steps),
@@ -381,22 +406,28 @@ class PPO:
         return torch.randperm(self.config.batch, generator=generator).tolist()
 
     @torch.no_grad()
-    def assess(self, episodes: Episodes, order: Sequence[int]) -> float:
-        """Old and reference log-probs and values, on the very micro-batches of the first epoch.
+    def assess(self, episodes: Episodes, order: Sequence[int]) -> Metrics:
+        """Reference log-probs and values, on the very micro-batches of the first epoch.
 
-        Returns the policy's mean entropy, in nats per token.
+        On a GPU, or to be strict, old log-probs too; then the metrics say how far off those of the
+        generator were.
         """
-        entropy = torch.zeros((), device=self.device)
+        again = self.config.strict or self.device.type == "cuda"
+        drawn = episodes.old_logprobs.clone()
         with self.policy.frozen(), self.reference.frozen(), self.critic.frozen():
             for rows in split(order, self.micro_batch):
                 part, index = episodes.take(rows), episodes.index(rows)
-                old = response_logprobs(self.policy, part, self.config.temperature)
                 ref = response_logprobs(self.reference, part, self.config.temperature)
-                episodes.old_logprobs[index] = old.logprobs
                 episodes.ref_logprobs[index] = ref.logprobs
                 episodes.values[index] = state_values(self.critic, part)
-                entropy += old.entropy[part.mask].sum()
-        return float(entropy / episodes.mask.sum())
+                if again:
+                    old = response_logprobs(self.policy, part, self.config.temperature)
+                    episodes.old_logprobs[index] = old.logprobs
+        if self.config.strict:
+            check_same(episodes, drawn)
+        if not again:
+            return {}
+        return {"ppo/logprob_mismatch": float((drawn - episodes.old_logprobs).abs().max())}
 
     @torch.no_grad()
     def estimate(self, episodes: Episodes, samples: Sequence[Sample], scores: Tensor) -> Metrics:
@@ -419,7 +450,6 @@ class PPO:
             whiten_rewards=config.whiten_rewards,
         )
         episodes.advantages, episodes.returns = targets.advantages, targets.returns
-        drawn = [x for s in samples for x in s.completion.sampled_logprobs]
         old, ref = episodes.old_logprobs[mask], episodes.ref_logprobs[mask]
         return {
             "objective/score": float(scores.mean()),
@@ -428,20 +458,21 @@ class PPO:
             "objective/reward": float(targets.rewards[mask].sum()) / batch,
             "rollout/eos_rate": float(ended.float().mean()),
             "rollout/length": float(mask.sum()) / batch,
-            "rollout/logprob_mismatch": float((torch.tensor(drawn).to(old) - old).abs().max()),
         }
 
     def loss(self, part: Episodes, normalizer: Tensor) -> tuple[Tensor, ops.PPOStats]:
         """PPO's loss of a micro-batch; `normalizer`: the tokens of the whole minibatch."""
         config = self.config
+        new = response_logprobs(self.policy, part, config.temperature, entropy=True)
         return ops.ppo_loss(
-            response_logprobs(self.policy, part, config.temperature).logprobs,
+            new.logprobs,
             part.old_logprobs,
             part.advantages,
             part.mask,
             values=state_values(self.critic, part),
             old_values=part.values,
             returns=part.returns,
+            entropy=new.entropy.detach(),
             clip_range=config.clip_range,
             clip_range_high=config.clip_range_high or None,
             dual_clip=config.dual_clip or None,
@@ -504,7 +535,7 @@ def summarise(updates: Sequence[tuple[Metrics, Tensor]]) -> Metrics:
     figures = [metrics for metrics, _ in updates]
     metrics = {name: sum(f[name] for f in figures) / len(figures) for name in figures[0]}
     means = ops.PPOStats(sum(sums for _, sums in updates)).means()
-    same = ("policy_loss", "value_loss", "approx_kl", "ratio", "explained_variance")
+    same = ("policy_loss", "value_loss", "approx_kl", "ratio", "explained_variance", "entropy")
     clips = {"clip_fraction": "clipped", "value_clip_fraction": "value_clipped"}
     names = {name: name for name in same} | clips
     return metrics | {f"ppo/{ours}": means[theirs] for ours, theirs in names.items()}

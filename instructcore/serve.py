@@ -180,7 +180,7 @@ class _Ask:
             steps = [[Piece(i, "", Completion([], [], [], "length", "")) for i in self.choices]]
         for pieces in steps:
             parts: list[_Part] = []
-            for i, text, completion in pieces:
+            for i, text, completion, *_ in pieces:
                 end = self._end(i, completion) if completion else None
                 parts.append((i, echoes.pop(i, "") + text, end))
             yield parts

@@ -108,6 +108,8 @@ class AdamW:
                 settings |= dict(fused=True, amsgrad=False, maximize=False)
                 tensors = (parameters, grads, means, squares, [], steps)
                 adamw(*tensors, lr=lr, weight_decay=decay, **settings)
+                # The fused function does not, but what has copies of weights goes by it.
+                torch.autograd.graph.increment_version(parameters)
 
     def zero_grad(self) -> None:
         for p in self.parameters.values():

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from instructcore import cli, generate
+from instructcore import cli, generate, scheduler
 from instructcore.errors import UserError
 from instructcore.generate import (
     ChatConfig,
@@ -162,7 +162,7 @@ def test_ends(model):
     assert len(on.token_ids) > least and eos not in on.token_ids[:least]
     # The checkpoint's own end-of-text ids count too.
     eager.token_ids = {"eos_token_id": [stop, 300]}
-    assert Generator(eager, TOKENIZER).eos_ids == {eos, stop}
+    assert Generator(eager, TOKENIZER).scheduler.eos_ids == {eos, stop}
     # The context is the limit, and a last token on the edge is still drawn.
     done = complete(model, [1] * 90, seed=2, max_tokens=60, ignore_eos=True)
     assert len(done.token_ids) == 6 and done.finish_reason == "length"
@@ -227,7 +227,7 @@ def test_stop_strings_against_brute_force(stop):
             if text[:end].endswith(s)
         ]
         expected = text[: sum(min(ends))] if ends else text + "!"
-        taken, stream = [], generate._Text(Pieces(), SamplingParams(stop=stop))
+        taken, stream = [], scheduler._Text(Pieces(), SamplingParams(stop=stop))
         for i, size in enumerate(sizes):
             start = sum(sizes[:i])
             if stream.feed(text[start : start + size]):
@@ -260,8 +260,8 @@ def test_stream(model):
     each = [replace(p, max_tokens=10 * i + 5) for i, p in enumerate(seeded(params, 3))]
     texts, completions = [""] * 3, [None] * 3
     for pieces in generator.follow(prompts, each):
-        for index, text, completion in pieces:
-            assert completions[index] is None and (text or completion)
+        for index, text, completion, ids, *_ in pieces:
+            assert completions[index] is None and (ids or completion)
             texts[index] += text
             completions[index] = completion
     assert completions == generator.generate(prompts, each)
