@@ -1,4 +1,4 @@
-.PHONY: dev test full bench gpu-report lint format
+.PHONY: dev test full bench gpu-report clients lint format
 
 dev:      # editable install with everything that development needs
 	pip install -e '.[dev,tensorboard]'
@@ -10,6 +10,8 @@ bench:    # every op against its rivals, appended to bench/results
 	python bench/bench.py all --record
 gpu-report:  # on a machine with a GPU: build, test, train and measure, in less than 8 minutes
 	python bench/gpu_report.py
+clients:  # the server, asked by the real OpenAI clients of four major versions and by lm-eval
+	python python_tests/clients.py
 lint:
 	ruff check . && ruff format --check . && bash .ci/check_objects
 format:

@@ -170,7 +170,7 @@ def _parts(sequences: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
 
 def is_instructed(model: GPT) -> bool:
     """Whether a checkpoint was tuned to answer: then an assistant marker belongs after a prompt."""
-    return model.extra.get("stage") in ("sft", "ppo")
+    return model.extra.get("stage") in ("sft", "dpo", "ppo")
 
 
 @dataclass(frozen=True)

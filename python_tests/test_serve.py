@@ -1,95 +1,59 @@
-"""The server, by raw HTTP: the wire format, streams, errors, and clients that leave."""
+"""The server, by raw HTTP: the wire format, streams, errors, limits, and clients that leave."""
 
 from __future__ import annotations
 
+import http.client
 import json
+import math
+import signal
 import socket
-import threading
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 import torch
 import uvicorn
+from serving import (
+    CONTEXT,
+    NAMES,
+    TOKENIZER,
+    Client,
+    error,
+    events,
+    eventually,
+    make_engine,
+    make_model,
+)
 
+from instructcore import serve
 from instructcore.cli import make_parser
 from instructcore.config import unflatten
 from instructcore.errors import UserError
-from instructcore.generate import SamplingParams
-from instructcore.model import GPT, ModelConfig
-from instructcore.serve import ServeConfig, _Engine, make_app, run
-from instructcore.tokenizer import Tokenizer
+from instructcore.generate import Generator, SamplingParams, score
+from instructcore.serve import ServeConfig, listen, run
 
-TOKENIZER = Tokenizer.bytes()
-CONTEXT = 160
 KEY = {"authorization": "Bearer sesame"}
-
-
-def make_engine(stage: str = "sft") -> _Engine:
-    """A random model over bytes, of which many are Chinese characters' bytes."""
-    config = ModelConfig(
-        vocab_size=TOKENIZER.vocab_size, context=CONTEXT, layers=1, heads=2, width=16, mlp_width=32
-    )
-    model = GPT(config, generator=torch.Generator().manual_seed(0))
-    model.extra = {"stage": stage}
-    return _Engine(model, TOKENIZER, ["toy", "an/alias", "text-davinci-003"])
-
-
-class Client(httpx.Client):
-    """A client of an engine served on a loopback port."""
-
-    def __init__(self, engine: _Engine, api_key: str = "") -> None:
-        listener = socket.create_server(("127.0.0.1", 0))
-        super().__init__(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=60)
-        self.engine = engine
-        settings = uvicorn.Config(make_app(engine, api_key), log_level="critical", lifespan="off")
-        self.server = uvicorn.Server(settings)
-        arguments = {"sockets": [listener]}
-        self.thread = threading.Thread(target=self.server.run, kwargs=arguments, daemon=True)
-        self.thread.start()
-
-    def complete(self, path: str = "/v1/completions", **fields) -> httpx.Response:
-        body = {"model": "toy", "prompt": "hello", "max_tokens": 8, "temperature": 0} | fields
-        return self.post(path, json={k: v for k, v in body.items() if v is not ...})
-
-    def chat(self, *said: str, **fields) -> httpx.Response:
-        roles = ("user", "assistant") * len(said)
-        messages = [{"role": r, "content": s} for r, s in zip(roles, said, strict=False)]
-        body = {"model": "toy", "messages": messages, "max_tokens": 8, "temperature": 0}
-        return self.post("/v1/chat/completions", json=body | fields)
-
-    def stop(self) -> None:
-        self.close()
-        self.server.should_exit = True
-        self.thread.join()
 
 
 @pytest.fixture(scope="module")
 def client():
     client = Client(make_engine())
     yield client
-    client.stop()
+    client.close()
 
 
-def events(response: httpx.Response) -> list[dict]:
-    """The JSON of a stream's events, whose form is checked."""
-    assert response.status_code == 200
-    assert response.headers["content-type"] == "text/event-stream"
-    *parts, done, rest = response.text.split("\n\n")
-    assert done == "data: [DONE]" and rest == ""
-    assert all(part.startswith("data: {") and "\n" not in part for part in parts)
-    return [json.loads(part.removeprefix("data: ")) for part in parts]
+def alone(model, ids: list[int], **params) -> list:
+    """What the generator makes of a prompt."""
+    return Generator(model, TOKENIZER).generate([ids], SamplingParams(**params))
 
 
-def error(response: httpx.Response, status: int, param: str | None, code: str | None = None) -> str:
-    """The message of an error of this form."""
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/json"
-    (name, body), *more = response.json().items()
-    assert name == "error" and not more and body.keys() == {"message", "type", "param", "code"}
-    assert (body["param"], body["code"]) == (param, code), body
-    assert body["type"] == ("invalid_request_error" if status < 500 else "server_error")
-    return body["message"]
+def slowly(engine, monkeypatch, seconds: float = 0.02) -> None:
+    """Every step takes so long."""
+    step = engine._scheduler.step
+    monkeypatch.setattr(engine._scheduler, "step", lambda: time.sleep(seconds) or step())
 
 
 def test_completion(client):
@@ -97,9 +61,8 @@ def test_completion(client):
     assert response.status_code == 200
     assert {"x-request-id", "openai-processing-ms"} <= response.headers.keys()
     body = response.json()
-    (own,) = client.engine.generator.generate(
-        [TOKENIZER.prompt_ids("hello")], SamplingParams(8, temperature=0)
-    )
+    ids = TOKENIZER.prompt_ids("hello")
+    (own,) = alone(client.engine.model, ids, max_tokens=8, temperature=0)
     assert body["id"].startswith("cmpl-") and body["object"] == "text_completion"
     assert body["model"] == "toy" and abs(body["created"] - time.time()) < 60
     choice = {"index": 0, "text": own.text, "logprobs": None, "finish_reason": own.finish_reason}
@@ -127,15 +90,15 @@ def test_base_checkpoint_gets_no_marker():
     client = Client(make_engine("pretrain"))
     assert client.complete(prompt="hello").json()["usage"]["prompt_tokens"] == 5
     assert "at least one token" in error(client.complete(prompt=""), 400, "prompt")
-    client.stop()
+    client.close()
 
 
 def test_sampling_parameters_are_the_generators(client):
     fields = {"temperature": 0.9, "top_p": 0.95, "seed": 7, "max_tokens": 12, "n": 3, "top_k": 40}
     fields |= {"presence_penalty": 0.5, "frequency_penalty": 0.2, "repetition_penalty": 1.1}
     fields |= {"min_p": 0.01, "min_tokens": 4, "stop": ["e", "\n"], "stop_token_ids": [65]}
-    own = client.engine.generator.generate(
-        [TOKENIZER.prompt_ids("hello")], SamplingParams(**fields | {"stop": ("e", "\n")})
+    own = alone(
+        client.engine.model, TOKENIZER.prompt_ids("hello"), **fields | {"stop": ("e", "\n")}
     )
     choices = client.complete(**fields).json()["choices"]
     assert [c["text"] for c in choices] == [c.text for c in own]
@@ -152,7 +115,7 @@ def test_chat(client):
     body = response.json()
     end, marker = TOKENIZER.eos_id, TOKENIZER.assistant_id
     ids = [*b"hi", marker, *b"yes", end, *b"and?", marker]
-    (own,) = client.engine.generator.generate([ids], SamplingParams(8, temperature=0))
+    (own,) = alone(client.engine.model, ids, max_tokens=8, temperature=0)
     assert body["id"].startswith("chatcmpl-") and body["object"] == "chat.completion"
     message = {"role": "assistant", "content": own.text, "refusal": None}
     (choice,) = body["choices"]
@@ -214,7 +177,7 @@ def test_no_piece_ends_inside_a_character(client):
     chinese = Client(engine)
     chunks = events(chinese.complete(max_tokens=12, stream=True))
     assert [c["choices"][0]["text"] for c in chunks] == ["文", "文", "文", "文", ""]
-    chinese.stop()
+    chinese.close()
 
 
 def test_echo_and_logprobs(client):
@@ -223,7 +186,7 @@ def test_echo_and_logprobs(client):
     (choice,) = client.complete(**fields).json()["choices"]
     assert choice["text"] == "héllo" and choice["finish_reason"] == "length"
     scores = choice["logprobs"]
-    assert scores["tokens"] == ["h", "\\xc3", "\\xa9", "l", "l", "o"]
+    assert scores["tokens"] == ["h", "bytes:\\xc3", "bytes:\\xa9", "l", "l", "o"]
     assert scores["text_offset"] == [0, 1, 1, 2, 3, 4]
     ids = TOKENIZER.prompt_ids("héllo")
     model = client.engine.model
@@ -252,22 +215,114 @@ def test_echo_and_logprobs(client):
     assert choice["text"] == "héllo" + alone["text"]
     assert choice["logprobs"]["token_logprobs"][6:] == alone["logprobs"]["token_logprobs"]
     assert all(len(top) == 1 for top in alone["logprobs"]["top_logprobs"])
-    last = events(client.complete(stream=True, **fields))[-1]["choices"][0]
-    assert last["logprobs"] == choice["logprobs"]
+    fields |= {"n": 2, "temperature": 1, "seed": 5, "return_token_ids": True}
+    whole = client.complete(**fields).json()["choices"]
+    assert len({tuple(choice["token_ids"]) for choice in whole}) == 2
+    streamed = [{}, {}]
+    for chunk in events(client.complete(stream=True, **fields)):
+        (choice,) = chunk["choices"]
+        parts = streamed[choice["index"]]
+        for name, value in (choice.pop("logprobs") or {}).items():
+            parts[name] = parts.get(name, []) + value
+        parts["text"] = parts.get("text", "") + choice["text"]
+        parts["ids"] = parts.get("ids", []) + choice.get("token_ids", [])
+    for choice, parts in zip(whole, streamed, strict=True):
+        assert choice["prompt_token_ids"] == TOKENIZER.prompt_ids("héllo")
+        assert parts == choice["logprobs"] | {"text": choice["text"], "ids": choice["token_ids"]}
+
+
+def test_logprobs_of_chat(client):
+    """Each token with its true bytes, also where they are no text by themselves."""
+    fields = {"logprobs": True, "temperature": 1, "seed": 3, "max_tokens": 40}
+    (choice,) = client.chat("hi", top_logprobs=3, **fields).json()["choices"]
+    assert choice["logprobs"]["refusal"] is None
+    content = choice["logprobs"]["content"]
+    ids = [*b"hi", TOKENIZER.assistant_id]
+    (own,) = alone(client.engine.model, ids, max_tokens=40, seed=3, top_logprobs=3)
+    assert [entry["logprob"] for entry in content] == own.logprobs
+    for entry, id, top in zip(content, own.token_ids, own.top_logprobs, strict=True):
+        assert entry["bytes"] == (list(TOKENIZER.token_bytes(id)) or None)
+        assert [x["logprob"] for x in entry["top_logprobs"]] == list(top.values())
+        assert [x["bytes"] for x in entry["top_logprobs"]] == [
+            list(TOKENIZER.token_bytes(other)) or None for other in top
+        ]
+    spelt = bytes(byte for entry in content for byte in entry["bytes"] or ())
+    assert spelt.decode("utf-8", "replace") == choice["message"]["content"]
+    assert any(entry["token"].startswith("\\x") for entry in content)
+    (choice,) = client.chat("hi", **fields).json()["choices"]
+    assert all(entry["top_logprobs"] == [] for entry in choice["logprobs"]["content"])
+    chunks = events(client.chat("hi", stream=True, **fields))
+    parts = [c["choices"][0]["logprobs"] for c in chunks if c["choices"][0]["logprobs"]]
+    assert [e for part in parts for e in part["content"]] == choice["logprobs"]["content"]
+
+
+def test_evaluation_harness(client):
+    """The requests that lm-eval's local-completions makes: its sums are the scores in process."""
+    ids = [TOKENIZER.encode(text) for text in ("The cat sat.", "天地玄黄", "a" * 120)]
+    own = [row.tolist() for row in score(client.engine.model, ids)]
+    asked = dict(prompt=ids, temperature=0, max_tokens=1, logprobs=1, seed=1234, echo=True)
+    choices = client.complete(**asked).json()["choices"]
+    assert [choice["index"] for choice in choices] == [0, 1, 2]
+    rows = client.engine.model(
+        torch.tensor(sum(ids, [])), torch.tensor([0, 12, 24, 144], dtype=torch.int32)
+    )
+    best, at = rows.argmax(-1).tolist(), 0
+    for choice, row, prompt in zip(choices, own, ids, strict=True):
+        begin = 3  # of the continuation that is scored
+        logprobs = choice["logprobs"]["token_logprobs"][begin:-1]
+        assert logprobs == row[begin - 1 :] and sum(logprobs) == sum(row[begin - 1 :])
+        for i, top in enumerate(choice["logprobs"]["top_logprobs"][begin:-1], begin):
+            greedy = logprobs[i - begin] == max(top.values())
+            assert greedy == (prompt[i] == best[at + i - 1])
+        at += len(prompt)
+
+
+def test_logit_bias(client):
+    fields = {"temperature": 1, "seed": 1, "max_tokens": 20}
+    forced = client.complete(logit_bias={"65": 100}, **fields).json()["choices"]
+    assert forced[0]["text"] == "A" * 20
+    text = client.complete(prompt="a" * 20, logit_bias={"65": 100, "66": 100}, **fields).json()
+    assert set(text["choices"][0]["text"]) == {"A", "B"}
+    end = {str(TOKENIZER.eos_id): -100}
+    usage = client.complete(logit_bias=end, **fields | {"max_tokens": 140}).json()["usage"]
+    assert usage["completion_tokens"] == 140
+
+
+def test_best_of(client):
+    """The likeliest per token of those that n alone would make, the likeliest first."""
+    fields = {"temperature": 1, "seed": 4, "logprobs": 0, "prompt": ["a", "b"]}
+    many = client.complete(n=8, **fields).json()
+    body = client.complete(n=3, best_of=8, **fields).json()
+    assert [choice["index"] for choice in body["choices"]] == list(range(6))
+    assert body["usage"] == many["usage"]  # all of them cost
+    for group, made in (
+        (body["choices"][:3], many["choices"][:8]),
+        (body["choices"][3:], many["choices"][8:]),
+    ):
+        rows = [choice["logprobs"]["token_logprobs"] for choice in made]
+        best = sorted(range(8), key=lambda i: -sum(rows[i]) / len(rows[i]))[:3]
+        assert [c["text"] for c in group] == [made[i]["text"] for i in best]
+    texts = {choice["text"] for choice in many["choices"]}
+    assert len(texts) == 16  # nor do equal prompts share their noise
+    same = client.complete(**fields | {"prompt": ["a"] * 2}, n=4).json()["choices"]
+    assert len({choice["text"] for choice in same}) == 8
+    assert client.complete(echo=True, max_tokens=0, best_of=2).status_code == 200
+    streamed = client.complete(stream=True, best_of=2, n=2)
+    assert {c["choices"][0]["index"] for c in events(streamed)} == {0, 1}
 
 
 def test_models_and_engines(client):
     body = client.get("/v1/models").json()
     assert body["object"] == "list"
-    assert [m["id"] for m in body["data"]] == ["toy", "an/alias", "text-davinci-003"]
+    assert [m["id"] for m in body["data"]] == NAMES
     for path in ("an/alias", "an%2Falias"):
         card = client.get(f"/v1/models/{path}").json()
         assert card["id"] == "an/alias" and card["object"] == "model"
         assert client.get(f"/v1/engines/{path}").json()["object"] == "engine"
         response = client.complete(f"/v1/engines/{path}/completions", model=...)
         assert response.json()["model"] == "an/alias"
-    assert [e["id"] for e in client.get("/v1/engines").json()["data"]] == client.engine.names
-    assert client.get("/health").status_code == 200
+    assert [e["id"] for e in client.get("/v1/engines").json()["data"]] == NAMES
+    assert client.get("/health").json() == {"status": "ok"}
     for response in (
         client.get("/v1/models/gpt-5"),
         client.complete(model="gpt-5"),
@@ -282,7 +337,7 @@ def test_api_key():
     assert client.get("/v1/models", headers=KEY).status_code == 200
     for headers in ({}, {"authorization": "Bearer sésame".encode()}, {"authorization": "sesame"}):
         error(client.get("/v1/models", headers=headers), 401, None, "invalid_api_key")
-    client.stop()
+    client.close()
 
 
 BAD = [
@@ -322,8 +377,21 @@ BAD = [
     ({"echo": "yes"}, "echo"),
     ({"seed": -1}, "seed"),
     ({"suffix": "x"}, "suffix"),
-    ({"logit_bias": {"5": 1}}, "logit_bias"),
-    ({"best_of": 2}, "best_of"),
+    ({"logit_bias": {"5": 101}}, "logit_bias"),
+    ({"logit_bias": {"259": 1}}, "logit_bias"),
+    ({"logit_bias": {"-1": 1}}, "logit_bias"),
+    ({"logit_bias": {"٣": 1}}, "logit_bias"),
+    ({"logit_bias": {"5": "1"}}, "logit_bias"),
+    ({"logit_bias": {"9" * 400: 1}}, "logit_bias"),
+    ({"logit_bias": [5]}, "logit_bias"),
+    ({"best_of": 1, "n": 2}, "best_of"),
+    ({"best_of": 2, "stream": True}, "best_of"),
+    ({"best_of": 129}, "n"),
+    ({"stop": "x" * 257}, "stop"),
+    ({"presence_penalty": 101}, "presence_penalty"),
+    ({"repetition_penalty": 1e-3}, "repetition_penalty"),
+    ({"return_token_ids": 1}, "return_token_ids"),
+    ({"prompt": "a" * 10_000}, "prompt"),
     ({"messages": []}, "messages"),
     ({"whatever": 1}, "whatever"),
 ]
@@ -331,9 +399,9 @@ BAD = [
 
 @pytest.mark.parametrize("fields, param", BAD, ids=[str(fields)[:40] for fields, _ in BAD])
 def test_rejects(client, fields, param):
-    code = "unsupported_parameter"
-    unsupported = param in ("suffix", "logit_bias", "best_of", "messages", "whatever")
-    message = error(client.complete(**fields), 400, param, code if unsupported else None)
+    code = "unsupported_parameter" if param in ("suffix", "messages", "whatever") else None
+    code = "context_length_exceeded" if fields == {"prompt": "a" * 10_000} else code
+    message = error(client.complete(**fields), 400, param, code)
     assert param in message or param in ("n", "prompt", "stream_options"), message
 
 
@@ -355,73 +423,214 @@ def test_rejects_the_rest(client):
         error(client.chat("a", messages=[message]), 400, "messages")
     named = {"role": "user", "content": "a", "name": "b"}
     assert "name" in error(client.chat("a", messages=[named]), 400, "messages")
-    error(client.chat("a", logprobs=True), 400, "logprobs", "unsupported_parameter")
+    error(client.chat("a", top_logprobs=1), 400, "top_logprobs")
+    error(client.chat("a", logprobs=True, top_logprobs=21), 400, "top_logprobs")
+    error(client.chat("a", logprobs=1), 400, "logprobs")
+    error(client.chat("a", tools=[{}]), 400, "tools", "unsupported_parameter")
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    for message in ({"type": "image_url", "image_url": {}}, "a", {"type": "text", "text": 1}):
+        said = {"role": "user", "content": [*parts, message]}
+        assert "parts" in error(client.chat("a", messages=[said]), 400, "messages")
+    said = [{"role": "user", "content": parts}]
+    assert client.chat("a", messages=said).json()["choices"] == client.chat("ab").json()["choices"]
     neutral = {"suffix": None, "logit_bias": {}, "best_of": 1, "user": "me", "stop": None}
+    neutral |= {"logprobs": None, "tools": [], "response_format": {"type": "text"}}
     assert client.complete(**neutral).status_code == 200
     odd = client.post("/v1/completions", content=rb'{"model": "toy", "prompt": "\ud800"}')
     assert odd.status_code == 200
 
 
-def test_a_bug_is_a_json_error(client, monkeypatch):
-    def follow(*arguments):
-        raise RuntimeError("secret")
-        yield
-
-    monkeypatch.setattr(client.engine.generator, "follow", follow)
+def test_a_bug_is_a_json_error(monkeypatch):
+    """All who were in the step hear of it, and the next ones are served again."""
+    client = Client(make_engine())
+    head = client.engine.model.logits
+    monkeypatch.setattr(client.engine.model, "logits", lambda hidden: head(hidden) * math.nan)
     response = client.complete()
-    assert "secret" not in error(response, 500, None)
+    assert "NaN" not in error(response, 500, None)
     assert response.headers["x-should-retry"] == "false"
-    text = client.complete(stream=True).text
-    assert json.loads(text.removeprefix("data: "))["error"]["type"] == "server_error"
+    error(client.complete(stream=True), 500, None)  # not a stream: nothing had been sent
+    error(client.complete(n=3), 500, None)
+    monkeypatch.setattr(client.engine.model, "logits", head)
+    assert client.complete().status_code == 200
+
+    scheduler = client.engine._scheduler
+    step = scheduler.step
+
+    def fails_later():
+        if scheduler.stats().tokens_generated > 20:
+            raise RuntimeError("secret")
+        return step()
+
+    monkeypatch.setattr(scheduler, "step", fails_later)
+    text = client.complete(stream=True, ignore_eos=True, max_tokens=100).text
+    *_, last, rest = text.split("\n\n")
+    assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
+    assert rest == "" and "secret" not in text and "[DONE]" not in text
+    assert client.complete().status_code == 200
+    client.close()
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 @pytest.mark.parametrize("stream", [True, False])
-def test_clients_that_leave_stop_their_generation(client, monkeypatch, stream):
-    steps, ended = [], threading.Event()
-    follow = client.engine.generator.follow
-
-    def slow(*arguments):
-        try:
-            for step in follow(*arguments):
-                steps.append(step)
-                time.sleep(0.02)
-                yield step
-        finally:
-            ended.set()
-
-    monkeypatch.setattr(client.engine.generator, "follow", slow)
-    fields = {"max_tokens": 150, "ignore_eos": True, "stream": stream, "model": "toy"}
-    with httpx.Client(base_url=client.base_url, timeout=0.3) as other:
-        with pytest.raises((httpx.ReadTimeout, StopIteration)):
-            with other.stream("POST", "/v1/completions", json=fields | {"prompt": "a"}) as response:
-                next(response.iter_lines())
-                raise StopIteration
-    assert ended.wait(10) and len(steps) < 100
-    assert client.complete().status_code == 200  # the next one has its turn
-
-
-def test_requests_wait_for_their_turn(client):
-    answers: list[str] = []
-
-    def ask() -> None:
-        answers.append(client.complete(prompt="x").json()["choices"][0]["text"])
-
-    threads = [threading.Thread(target=ask) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(answers) == 6 and len(set(answers)) == 1
+def test_who_leaves_is_forgotten(monkeypatch, stream, path):
+    """Whether its request runs, as the first two do, or waits, as the third."""
+    client = Client(make_engine(max_batch=2))
+    slowly(client.engine, monkeypatch)
+    said = {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}
+    said.pop("messages" if path == "/v1/completions" else "prompt")
+    body = {"max_tokens": 150, "ignore_eos": True, "stream": stream, "model": "toy"} | said
+    connections = [http.client.HTTPConnection("127.0.0.1", client.port) for _ in range(3)]
+    for connection in connections:
+        connection.request("POST", path, json.dumps(body))
+    eventually(lambda: (client.engine.stats.running, client.engine.stats.waiting) == (2, 1))
+    connections[2].sock.close()
+    eventually(lambda: client.engine.stats.waiting == 0)
+    for connection in connections[:2]:
+        connection.sock.close()
+    eventually(lambda: client.engine.stats.running == 0 and client.engine.load == 0)
+    stats = client.engine.stats
+    assert stats.blocks_used == 0 and stats.tokens_generated < 200
+    kind = "chat" if "messages" in said else "completions"
+    assert f'requests_total{{endpoint="{kind}",status="499"}} 3' in client.get("/metrics").text
+    assert client.complete().status_code == 200
+    client.close()
 
 
-def test_shutdown_ends_answers():
-    engine = make_engine()
-    client = Client(engine)
-    engine.stopping = lambda: True
-    response = client.complete()
-    assert "shutting down" in error(response, 503, None)
-    assert response.headers["retry-after"] == "1"
-    client.stop()
+def test_back_pressure(monkeypatch):
+    """What runs and what waits is bounded; who is turned away is told when to come again."""
+    client = Client(make_engine(max_batch=2, max_queue=2))
+    slowly(client.engine, monkeypatch)
+    fields = {"max_tokens": 60, "ignore_eos": True}
+    with ThreadPoolExecutor() as pool:
+        others = [pool.submit(client.complete, **fields, n=2) for _ in range(2)]
+        eventually(lambda: client.engine.stats[:2] == (2, 2))  # they run, and wait
+        for stream in (True, False):
+            response = client.complete(stream=stream)
+            assert "queue is full" in error(response, 429, None, "rate_limit_exceeded")
+        assert client.metric("instructcore_running") == 2
+        assert client.metric("instructcore_waiting") == 2
+        assert client.get("/v1/models").status_code == 200
+        assert [other.result().status_code for other in others] == [200, 200]
+    assert client.complete().status_code == 200
+    assert client.complete(n=9).status_code == 200  # more than run at a time
+    client.close()
+
+
+def test_bodies_are_bounded(client, monkeypatch):
+    for content in (b" " * (10 << 20), iter([b" " * (1 << 20)] * 10)):
+        response = client.post("/v1/completions", content=content)
+        assert "8388608 bytes, got 10485760" in error(response, 400, None)
+    monkeypatch.setattr(client.engine.served.tokenizer, "encode", None)  # nothing is encoded
+    prompt = client.complete(prompt="文" * 1_000_000)
+    error(prompt, 400, "prompt", "context_length_exceeded")
+    monkeypatch.setattr(serve, "BODY_SECONDS", 0.2)
+    with socket.create_connection(("127.0.0.1", client.port)) as slow:
+        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{")
+        answer = slow.makefile("rb").read()
+        assert answer.startswith(b"HTTP/1.1 400 ") and b"longer than 0.2 seconds" in answer
+
+
+def test_metrics():
+    client = Client(make_engine(), "sesame", **KEY)
+    for _ in range(2):
+        assert client.complete(prompt="a" * 64, max_tokens=5, ignore_eos=True).status_code == 200
+    client.chat("a", max_tokens=3, ignore_eos=True, stream=True)
+    client.complete(n=0)
+    client.get("/nothing")
+    response = client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    lines = response.text.splitlines()
+    samples = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    named = {name.partition("{")[0] for name in samples}
+    for suffix in ("_bucket", "_sum", "_count"):
+        named = {name.removesuffix(suffix) for name in named}
+    assert named == {line.split()[2] for line in lines if line.startswith("# TYPE ")}
+    expected = {
+        'requests_total{endpoint="completions",status="200"}': 2,
+        'requests_total{endpoint="completions",status="400"}': 1,
+        'requests_total{endpoint="chat",status="200"}': 1,
+        'requests_total{endpoint="other",status="404"}': 1,
+        "prompt_tokens_total": 65 + 1 + 2,  # the second prompt's 4 pages are remembered
+        "cached_tokens_total": 64,
+        "generated_tokens_total": 13,
+        "running": 0,
+        "waiting": 0,
+        'blocks{state="used"}': 0,
+        "request_seconds_count": 3,
+        'request_seconds_bucket{le="+Inf"}': 3,
+        "first_token_seconds_count": 3,
+    }
+    found = {name: float(samples[f"instructcore_{name}"]) for name in expected}
+    assert found == expected
+    whole = sum(float(samples[f'instructcore_blocks{{state="{s}"}}']) for s in ("free", "cached"))
+    assert whole >= 64 * CONTEXT / 16
+    assert float(samples["instructcore_request_seconds_sum"]) > 0
+    client.close()
+
+
+def test_other_origins_are_refused(client):
+    """A page somewhere that a browser here shows must not compute here; curl and our page may."""
+    for site in ("cross-site", "same-site"):
+        response = client.post("/v1/completions", headers={"sec-fetch-site": site}, content="{}")
+        assert "another origin" in error(response, 403, None)
+    for site in ("same-origin", "none"):
+        headers = {"sec-fetch-site": site}
+        assert client.get("/v1/models", headers=headers).status_code == 200
+
+
+def test_page_needs_nothing_from_elsewhere(client):
+    response = client.get("/")
+    assert response.headers["content-type"] == "text/html; charset=utf-8"
+    assert "default-src 'none'" in response.headers["content-security-policy"]
+    assert "http:" not in response.text and "https:" not in response.text
+
+
+def start(path, *flags: str) -> tuple[subprocess.Popen, str]:
+    """The command in a process of its own, and its address."""
+    command = [sys.executable, "-m", "instructcore", "serve", path.name, "--port", "0", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=path.parent)
+    return process, process.stdout.readline().split()[-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals(tmp_path, number):
+    """The first one lets what runs finish and refuses what waits; a second one ends at once."""
+    make_model(context=4096).save(tmp_path / "mine", TOKENIZER)
+    fields = {"prompt": "a", "ignore_eos": True, "max_tokens": 1500, "stream": True}
+    path = "/v1/engines/mine/completions"
+    process, address = start(tmp_path / "mine", "--max-batch", "1")
+    with httpx.Client(base_url=address, timeout=300) as client:
+        with client.stream("POST", path, json=fields) as response:
+            lines = response.iter_lines()
+            next(lines)
+            with ThreadPoolExecutor() as pool:
+                waiting = pool.submit(client.post, path, json=fields)
+                eventually(lambda: "instructcore_waiting 1\n" in client.get("/metrics").text)
+                process.send_signal(number)
+                error(waiting.result(), 503, None)
+            *_, done, _ = lines
+            assert done == "data: [DONE]"
+            with pytest.raises(httpx.ConnectError):
+                httpx.get(address)
+    assert process.wait(60) == 0
+    assert process.stdout.read().startswith("finishing what has begun")
+
+    process, address = start(tmp_path / "mine")
+    with httpx.stream("POST", address + path, json=fields | {"max_tokens": 4000}) as response:
+        lines = response.iter_lines()
+        next(lines)
+        process.send_signal(number)
+        assert process.stdout.readline().startswith("finishing")
+        assert process.poll() is None
+        process.send_signal(number)
+        assert process.wait(10) == -number
+
+
+def test_connections_send_at_once():
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        connection.close()
 
 
 def test_command(tmp_path, monkeypatch, capsys):
@@ -430,8 +639,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     config = unflatten(ServeConfig, values)
     assert config.alias == ("a", "b", "c") and config.api_key == "k" and config.port == 8000
     assert ServeConfig("x").alias == ("text-davinci-003",)
-    engine = make_engine()
-    engine.model.save(tmp_path / "mine", TOKENIZER)
+    make_model().save(tmp_path / "mine", TOKENIZER)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1, port {port}"):
