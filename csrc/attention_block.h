@@ -187,6 +187,13 @@ void pack_queries(Dtype dtype, const Rows& rows, int64_t first, int64_t n, int64
       });
 }
 
+// Whole vectors of words.
+template <Word kWord>
+void turn_signs(float* words, int64_t n) {
+  const VecInt sign = broadcast_int(kWord == Word::kFloat ? INT32_MIN : INT32_MIN | 1 << 15);
+  for (int64_t i = 0; i < n; i += kLanes) store(words + i, from_bits(bits(load(words + i)) ^ sign));
+}
+
 // The same, operand b: keys as columns, with their sign turned if `negative`.
 template <Word kWord>
 void pack_keys(Dtype dtype, const Rows& rows, int64_t first, int64_t n, int64_t dim, bool negative,
@@ -200,10 +207,7 @@ void pack_keys(Dtype dtype, const Rows& rows, int64_t first, int64_t n, int64_t 
             },
             n, dim, to);
       });
-  if (!negative) return;
-  const VecInt sign = broadcast_int(kWord == Word::kFloat ? INT32_MIN : INT32_MIN | 1 << 15);
-  const int64_t words = round_up(n, kPanel) * words_of(kWord, dim);
-  for (int64_t i = 0; i < words; i += kLanes) store(to + i, from_bits(bits(load(to + i)) ^ sign));
+  if (negative) turn_signs<kWord>(to, round_up(n, kPanel) * words_of(kWord, dim));
 }
 
 // Sums across rows, operand b: rows begin .. end - 1, padded to whole vectors. Pairs are counted

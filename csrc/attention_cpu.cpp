@@ -104,8 +104,9 @@ class ForwardTask {
 
   // Rows begin .. end - 1.
   void run(int64_t begin, int64_t end) {
-    pack(begin, end);
     const int64_t n = end - begin;
+    pack(begin, end);
+    if (a_.scale < 0) turn_signs<kWord>(q_, n * q_row_);
     __builtin_memset(sums_, 0, n * kLanes * sizeof(float));
     for (int64_t i = 0; i < n; ++i) maximum_[i] = -__builtin_inff();
     const int64_t end_key = s_.end_seen(end - 1);
@@ -116,7 +117,7 @@ class ForwardTask {
     for (int64_t key = s_.first_seen(begin) / plan_.keys * plan_.keys; key < end_key;
          key += plan_.keys) {
       const int64_t n_keys = smaller(plan_.keys, end_key - key);
-      pack_keys<kWord>(a_.kv_dtype, k_, key, n_keys, a_.dim, a_.scale < 0, columns_);
+      pack_keys<kWord>(a_.kv_dtype, k_, key, n_keys, a_.dim, false, columns_);
       finite_ = pack_values<kWord>(a_.kv_dtype, v_, key, key, key + n_keys, a_.dim, values_,
                                    plan_.padded);
       for (int64_t r = begin; r < end; r += kTileRows)
