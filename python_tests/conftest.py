@@ -98,10 +98,11 @@ def backend(request, monkeypatch) -> str:
         if op not in module.build_info()["cuda_ops"]:
             pytest.skip(f"there is no CUDA kernel for {op}")
         module.set_schedule("random", "late", request.config.getoption("--seed"))
+        emulated_ops = module.build_info()["cuda_ops"]
         for name, python in list(sys.modules.items()):
-            if name == "instructcore.ops.linear":  # on CUDA torch's own: nothing to emulate
-                continue
-            if name.startswith("instructcore.ops.") and hasattr(python, "_C"):
+            stem = name.removeprefix("instructcore.ops.")
+            known = stem.startswith("_") or stem.removeprefix("linear_") in emulated_ops
+            if stem != name and known and hasattr(python, "_C"):
                 monkeypatch.setattr(python, "_C", module)
     return request.param
 
