@@ -195,12 +195,12 @@ def rows_of(
             return
         case, times = group[0], measure(group, device, rounds)
         floor = max(case.bytes / bandwidth, case.flops / rates[case.dtype])
-        for name, seconds in times.items():
-            p50 = statistics.median(seconds)
+        for name, taken in times.items():
+            p50 = statistics.median(taken)
             roof = 100 * floor / p50 if floor else float("nan")
             ratio = ""
             if name != "ours":
-                ratios = [t / o for t, o in zip(seconds, times["ours"], strict=True)]
+                ratios = [t / o for t, o in zip(taken, times["ours"], strict=True)]
                 low, mid, high = (quantile(ratios, q) for q in (0.25, 0.5, 0.75))
                 ratio = f"{mid:.2f} x faster ({low:.2f}-{high:.2f})"
             print(
@@ -214,9 +214,9 @@ def rows_of(
                 "pass": case.run,
                 "dtype": case.dtype,
                 "case": case.name,
-                "p20_us": f"{quantile(seconds, 0.2) * 1e6:.2f}",
+                "p20_us": f"{quantile(taken, 0.2) * 1e6:.2f}",
                 "p50_us": f"{p50 * 1e6:.2f}",
-                "p80_us": f"{quantile(seconds, 0.8) * 1e6:.2f}",
+                "p80_us": f"{quantile(taken, 0.8) * 1e6:.2f}",
                 "bytes": f"{case.bytes:.0f}",
                 "flops": f"{case.flops:.0f}",
                 "pct_roofline": f"{roof:.1f}",
@@ -246,7 +246,7 @@ def main() -> int:
     ops = sorted(ops - {"bits"})  # a program of its own: it compares, and measures nothing
     # Ops that are measured with the one they belong to.
     within = {"attention_varlen": "attention", "attention_paged_": "attention"}
-    within |= {"whiten_advantages": "ppo_advantage"}
+    within |= {"whiten_advantages": "ppo_advantage", "swiglu": "activation", "gelu": "activation"}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "op", nargs="+", choices=[*ops, *within, "all"], metavar="op", help=", ".join(ops)

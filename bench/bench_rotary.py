@@ -1,4 +1,4 @@
-"""rotary on the queries, keys and values of one projection, forward and with gradient."""
+"""rotary with its gradient, queries, keys and values of packed tokens, against torch."""
 
 from __future__ import annotations
 
@@ -9,56 +9,45 @@ from bench import Case
 
 from instructcore.ops import rotary, rotary_reference
 
-SHAPES = {"cpu": ((1, 8, 64), (1024, 12, 64), (4096, 12, 128)), "cuda": ((8192, 48, 128),)}
+# tokens, heads, kv_heads, D
+SHAPES = {
+    "cpu": ((1, 4, 4, 64), (2048, 4, 4, 64), (4096, 12, 4, 64)),
+    "cuda": ((8192, 32, 8, 128),),
+}
 
 
-def complex_product(x, cos, sin, positions, *, heads):
-    """As Llama's own code has it."""
+def by_complex(qkv, cos, sin, positions, *, heads, kv_heads):
+    """As one product of complex numbers, the quickest form in eager torch."""
     turn = torch.complex(cos[positions], sin[positions]).unsqueeze(1)
-    pairs = torch.view_as_complex(x[:, :heads].float().unflatten(-1, (-1, 2)))
-    return torch.cat((torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype), x[:, heads:]), 1)
+    pairs = torch.view_as_complex(qkv[:, : heads + kv_heads].float().unflatten(-1, (-1, 2)))
+    turned = torch.view_as_real(pairs * turn).flatten(-2).to(qkv.dtype)
+    return turned[:, :heads], turned[:, heads:], qkv[:, heads + kv_heads :]
 
 
-def once(f, x, upstream, *arguments, **options):
-    x.grad = None
-    f(x, *arguments, **options).backward(upstream)
-
-
-def forward(f, *arguments, **options):
-    with torch.no_grad():
-        return f(*arguments, **options)
+def once(f, qkv, rest, named, upstream):
+    return torch.autograd.grad(f(qkv, *rest, **named), qkv, upstream)
 
 
 def cases(device: str) -> Iterator[Case]:
-    variants = {
-        "ours": rotary,
-        "torch, complex": complex_product,
-        "torch.compile": torch.compile(rotary_reference, dynamic=True),
-    }
-    for tokens, heads, dim in SHAPES[device]:
+    rivals = {"ours": rotary, "torch": rotary_reference, "complex": by_complex}
+    rivals["torch.compile"] = torch.compile(rotary_reference, dynamic=True)
+    for tokens, heads, kv_heads, dim in SHAPES[device]:
         for dtype in (torch.float32, torch.bfloat16):
-            x = torch.randn(tokens, heads, dim, device=device).to(dtype)
-            leaf = x.clone().requires_grad_()
-            angles = torch.rand(tokens, dim // 2, device=device)
-            tables = angles.cos(), angles.sin(), torch.arange(tokens, device=device).int()
-            options = {"heads": heads * 5 // 6}
-            case = (f"{tokens} x {heads} x {dim}", str(dtype).removeprefix("torch."))
-            moved = 2.0 * x.numel() * dtype.itemsize + 4.0 * tokens * dim  # x, out; cos and sin
+            all_heads = heads + 2 * kv_heads
+            qkv = torch.randn(tokens, all_heads, dim, device=device).to(dtype).requires_grad_()
+            angles = torch.outer(torch.arange(512.0), torch.rand(dim // 2)).to(device)
+            positions = (torch.arange(tokens, device=device) % 512).int()
+            rest = (angles.cos(), angles.sin(), positions)
+            named = {"heads": heads, "kv_heads": kv_heads}
+            upstream = [torch.randn_like(x) for x in rotary(qkv, *rest, **named)]
             yield Case(
-                *case,
-                "fwd",
-                {
-                    n: lambda f=f, a=(x, *tables), o=options: forward(f, *a, **o)
-                    for n, f in variants.items()
-                },
-                bytes=moved,
-            )
-            yield Case(
-                *case,
+                f"{tokens} x {heads}/{kv_heads} x {dim}",
+                str(dtype).removeprefix("torch."),
                 "fwd+bwd",
                 {
-                    n: lambda f=f, x=leaf, a=(x, *tables), o=options: once(f, x, *a, **o)
-                    for n, f in variants.items()
+                    n: lambda f=f, q=qkv, r=rest, k=named, u=upstream: once(f, q, r, k, u)
+                    for n, f in rivals.items()
                 },
-                bytes=2 * moved,
+                # read q and k, write them; read the gradients of q, k and v, write that of qkv
+                bytes=2.0 * tokens * dim * dtype.itemsize * (heads + kv_heads + all_heads),
             )

@@ -27,24 +27,6 @@ IC_INLINE Point gelu(Vec x) {
                        fma(broadcast(3.0f * kCubic), square, broadcast(kLinear)));
 }
 
-// f(i, lanes) for each vector of a row of n elements.
-template <class F>
-IC_INLINE void each_vector(int64_t n, F f) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) f(i, kLanes);
-  if (i < n) f(i, static_cast<int>(n - i));
-}
-
-template <class T>
-IC_INLINE Vec load_lanes(const T* from, int lanes) {
-  return lanes == kLanes ? load(from) : load_partial(from, lanes, 0.0f);
-}
-
-template <class T>
-IC_INLINE void store_lanes(T* to, Vec a, int lanes) {
-  lanes == kLanes ? store(to, a) : store_partial(to, a, lanes);
-}
-
 template <class T>
 void one_row(const ActivationArgs& a, int64_t r) {
   const int64_t n = a.width;

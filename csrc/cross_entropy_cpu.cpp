@@ -1,5 +1,6 @@
-// cross_entropy on the CPU: rows in parallel. A row's logits come from memory once: the gradient is
-// formed while they lie in L2.
+// cross_entropy on the CPU: rows in parallel. A row's logits come from memory once, and each is
+// exponentiated once: the exponentials wait in L2 until their sum is known. A call for the gradient
+// alone goes the same way, so that its bits are the same too.
 #include "cross_entropy.h"
 #include "parallel.h"
 #include "softmax_row.h"
@@ -32,41 +33,43 @@ struct RowGradient {
 
 // dx[j] = (along_p p[j] - along_weight w[j]) dy/dx[j]. `grad` may be the logits' own memory.
 template <class Row, class G>
-void write_gradient(const Row& row, const RowGradient& r, int64_t n, int64_t target, G* grad) {
+void write_gradient(const Row& row, const KeptExponentials& kept, const RowGradient& r, int64_t n,
+                    int64_t target, G* grad, bool past_caches) {
   constexpr bool kCapped = requires { row.cap; };
   const auto slope = [&](Vec y) __attribute__((always_inline)) {
     const Vec u = y / broadcast(r.softcap);
     return fma(broadcast(0.0f) - u, u, broadcast(1.0f));
   };
-  const ScaledExp exp_of(1.0f);
-  const Vec max = broadcast(r.max), factor = broadcast(r.along_p * r.inverse_sum);
-  const auto gradient = [&](Vec y, int64_t i, int lanes) __attribute__((always_inline)) {
-    Vec g = exp_of(y - max) * factor;
-    if (r.along_weight != 0.0f) {
-      const Vec w = r.weight ? load_partial(r.weight + i, lanes, 0.0f) : broadcast(1.0f);
-      g = fma(broadcast(-r.along_weight), w, g);
-    }
-    if constexpr (kCapped) g = g * slope(y);
-    return g;
-  };
   float true_class = r.true_class;
   if constexpr (kCapped) true_class *= first_lane(slope(broadcast(row.at(target))));
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    const Vec a = gradient(row.load(i), i, kLanes);
-    const Vec b = gradient(row.load(i + kLanes), i + kLanes, kLanes);
-    store(grad + i, a);
-    store(grad + i + kLanes, b);
-  }
-  for (; i < n; i += kLanes) {
-    const int lanes = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
-    store_partial(grad + i, gradient(row.load_partial(i, lanes, 0.0f), i, lanes), lanes);
+  const ScaledExp exp_of(1.0f);
+  const Vec factor = broadcast(r.along_p * r.inverse_sum);
+  for (int64_t start = 0; start < n; start += kBlock) {
+    const int64_t end = n - start < kBlock ? n : start + kBlock;
+    const Vec in_block = exp_of(broadcast(kept.shift(start) - r.max)) * factor;
+    const auto along_p = [&](int64_t i, int) __attribute__((always_inline)) {
+      return load(kept.at(i)) * in_block;
+    };
+    const auto whole = [&](int64_t i, int lanes) __attribute__((always_inline)) {
+      const Vec w = r.weight ? load_partial(r.weight + i, lanes, 0.0f) : broadcast(1.0f);
+      Vec g = fma(broadcast(-r.along_weight), w, along_p(i, lanes));
+      if constexpr (kCapped) g = g * slope(row.load_partial(i, lanes, 0.0f));
+      return g;
+    };
+    if (kCapped || r.along_weight != 0.0f) {
+      write_row(grad, start, end, past_caches, whole);
+    } else {
+      write_row(grad, start, end, past_caches, along_p);
+    }
   }
   grad[target] = from_float<G>(true_class);
+  if (past_caches) fence();
 }
 
+// `scratch`: KeptExponentials' if there is a gradient.
 template <class Row, class G>
-void one_row(const CrossEntropyArgs& a, const Row& row, int64_t r, float weight_sum) {
+void one_row(const CrossEntropyArgs& a, const Row& row, int64_t r, float weight_sum,
+             float* scratch) {
   const int64_t target = a.targets[r];
   G* grad = a.grad ? static_cast<G*>(a.grad) + r * a.grad_row : nullptr;
   if (target == a.ignore_index) {
@@ -75,17 +78,9 @@ void one_row(const CrossEntropyArgs& a, const Row& row, int64_t r, float weight_
     if (grad) __builtin_memset(grad, 0, static_cast<size_t>(a.vocab) * sizeof(G));
     return;
   }
-  RowStats stats{};
-  if (a.losses) {
-    stats = softmax_row<false>(row, a.vocab, 1.0f);
-    if (a.stats) {
-      a.stats[2 * r] = stats.max;
-      a.stats[2 * r + 1] = stats.sum;
-    }
-  } else {
-    stats.max = a.stats[2 * r];
-    stats.sum = a.stats[2 * r + 1];
-  }
+  const KeptExponentials kept(scratch, a.vocab);
+  const RowStats stats =
+      grad ? softmax_row<false>(row, a.vocab, 1.0f, kept) : softmax_row<false>(row, a.vocab, 1.0f);
   const float logprob = row_logprob(stats, 1.0f, row.at(target));
   const float lse = row_lse(stats, 1.0f);
   const float share = (a.weight ? a.weight[target] : 1.0f) * (1.0f - a.label_smoothing);
@@ -94,6 +89,10 @@ void one_row(const CrossEntropyArgs& a, const Row& row, int64_t r, float weight_
     float loss = share == 0.0f ? 0.0f : -share * logprob;
     if (smooth > 0.0f) loss += smooth * (weight_sum * lse - weighted_sum(row, a.weight, a.vocab));
     a.losses[r] = loss + a.z_loss * (a.z_loss > 0.0f ? lse * lse : 0.0f);
+    if (a.stats) {
+      a.stats[2 * r] = stats.max;
+      a.stats[2 * r + 1] = stats.sum;
+    }
   }
   if (!grad) return;
   float scale = a.grad_output ? a.grad_output[r * a.grad_output_row] : 1.0f;
@@ -109,7 +108,8 @@ void one_row(const CrossEntropyArgs& a, const Row& row, int64_t r, float weight_
   g.true_class =
       scale * (share * __builtin_expm1f(logprob) + (rest * __builtin_expf(logprob) - weight));
   g.softcap = a.softcap;
-  write_gradient(row, g, a.vocab, target, grad);
+  write_gradient(row, kept, g, a.vocab, target, grad,
+                 a.grad != a.logits && a.rows * a.vocab * int64_t{sizeof(G)} >= kPastCaches);
 }
 
 template <class T, class G>
@@ -122,12 +122,13 @@ void all_rows(const CrossEntropyArgs& a) {
   const float sum = static_cast<float>(weight_sum);
   // About 64K logits are 20 us.
   parallel_rows(a.rows, 65536 / (a.vocab + 1) + 1, a.threads, [&](int64_t begin, int64_t end) {
+    float* scratch = a.grad ? ic::scratch(KeptExponentials::size(a.vocab)) : nullptr;
     for (int64_t r = begin; r < end; ++r) {
       const T* x = static_cast<const T*>(a.logits) + r * a.logits_row;
       if (a.softcap > 0.0f) {
-        one_row<CappedRow<T>, G>(a, CappedRow<T>{x, a.softcap}, r, sum);
+        one_row<CappedRow<T>, G>(a, CappedRow<T>{x, a.softcap}, r, sum, scratch);
       } else {
-        one_row<LogitsRow<T>, G>(a, LogitsRow<T>{x}, r, sum);
+        one_row<LogitsRow<T>, G>(a, LogitsRow<T>{x}, r, sum, scratch);
       }
     }
   });

@@ -14,6 +14,21 @@ namespace ic {
 
 enum class Dtype : uint8_t { kFloat32, kBFloat16, kFloat16, kInt32, kInt64, kBool, kUInt8 };
 
+constexpr int size_of(Dtype d) {
+  switch (d) {
+    case Dtype::kInt64:
+      return 8;
+    case Dtype::kFloat32:
+    case Dtype::kInt32:
+      return 4;
+    case Dtype::kBFloat16:
+    case Dtype::kFloat16:
+      return 2;
+    default:
+      return 1;
+  }
+}
+
 struct BFloat16 {
   uint16_t bits;
 };

@@ -5,9 +5,11 @@
 #include <pybind11/stl.h>
 #include <sys/mman.h>
 
+#include <new>
 #include <type_traits>
 
 #include "activation.h"
+#include "add_norm.h"
 #include "attention.h"
 #include "cross_entropy.h"
 #include "device.h"
@@ -17,6 +19,7 @@
 #include "gae.h"
 #include "isa.h"
 #include "linear.h"
+#include "pages.h"
 #include "ppo_advantage.h"
 #include "ppo_loss.h"
 #include "rotary.h"
@@ -173,6 +176,58 @@ void activation(TensorView x, OptionalView grad, TensorView out, bool gated, int
                                 x.dtype(),
                                 threads};
   run("activation", x, ic::activation_cpu, nullptr, args);
+}
+
+// ---- add_norm ----
+
+void add_norm(TensorView x, OptionalView branch, TensorView weight, OptionalView bias,
+              TensorView total, TensorView y, TensorView stats, float eps, int threads) {
+  ic::AddNormArgs args{};
+  args.x = x.raw();
+  args.weight = weight.data<const float>();
+  args.bias = data_or_null<const float>(bias);
+  args.y = y.raw();
+  args.stats = stats.data<float>();
+  args.rows = x.size(0);
+  args.width = x.size(1);
+  args.x_row = x.stride(0);
+  args.x_dtype = x.dtype();
+  args.y_dtype = y.dtype();
+  if (branch) {
+    args.branch = branch->raw();
+    args.branch_row = branch->stride(0);
+    args.branch_dtype = branch->dtype();
+    args.total = total.data<float>();
+  }
+  args.eps = eps;
+  args.threads = threads;
+  run("add_norm", x, ic::add_norm_cpu, nullptr, args);
+}
+
+void add_norm_backward(TensorView grad_y, OptionalView grad_total, TensorView total,
+                       TensorView weight, TensorView stats, TensorView grad_x,
+                       OptionalView grad_branch, TensorView sums, TensorView grad_weight,
+                       OptionalView grad_bias, int threads) {
+  ic::AddNormGradArgs args{};
+  args.grad_y = grad_y.raw();
+  args.grad_total = data_or_null<const float>(grad_total);
+  args.total = total.raw();
+  args.weight = weight.data<const float>();
+  args.stats = stats.data<const float>();
+  args.grad_x = grad_x.raw();
+  args.grad_branch = grad_branch ? grad_branch->raw() : nullptr;
+  args.sums = sums.data<float>();
+  args.grad_weight = grad_weight.data<float>();
+  args.grad_bias = data_or_null<float>(grad_bias);
+  args.rows = total.size(0);
+  args.width = total.size(1);
+  args.grad_row = grad_y.stride(0);
+  args.grad_total_row = stride_or_zero(grad_total, 0);
+  args.total_row = total.stride(0);
+  args.total_dtype = total.dtype();
+  args.y_dtype = grad_y.dtype();
+  args.threads = threads;
+  run("add_norm", total, ic::add_norm_backward_cpu, nullptr, args);
 }
 
 // ---- attention ----
@@ -357,6 +412,33 @@ void attention_paged(TensorView q, TensorView k_cache, TensorView v_cache, Tenso
 // ---- cross_entropy ----
 
 int64_t elements_or_zero(const OptionalView& view) { return view ? view->numel() : 0; }
+
+// A fresh tensor of bytes in pages.h's memory, as a DLPack capsule.
+py::capsule take_pages(int64_t bytes) {
+  using ic::dlpack::ManagedTensor;
+  struct Block {
+    ManagedTensor managed;
+    ic::Pages pages;
+    int64_t shape, stride;
+  };
+  const ic::Pages pages = ic::take_pages(bytes);
+  if (!pages.data) throw std::bad_alloc();
+  Block* block = new Block{{}, pages, bytes, 1};
+  block->managed.tensor = {pages.data,    {ic::dlpack::kCpu, 0}, 1, {ic::dlpack::kUInt, 8, 1},
+                           &block->shape, &block->stride,        0};
+  block->managed.context = block;
+  block->managed.deleter = [](ManagedTensor* self) {
+    Block* owner = static_cast<Block*>(self->context);
+    ic::give_pages(owner->pages);
+    delete owner;
+  };
+  return py::capsule(&block->managed, "dltensor", [](PyObject* capsule) {
+    // Whoever made a tensor of it has changed its name.
+    if (!PyCapsule_IsValid(capsule, "dltensor")) return;
+    auto* managed = static_cast<ManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+    managed->deleter(managed);
+  });
+}
 
 // Asks for huge pages under a large fresh tensor before its first touch: page faults of 4 KB cost
 // more than filling it. What the kernel answers is of no account.
@@ -643,29 +725,34 @@ void ppo_loss(TensorView logprobs, TensorView old_logprobs, TensorView advantage
 
 // ---- rotary ----
 
-void rotary(TensorView x, TensorView cos, TensorView sin, TensorView positions, TensorView out,
-            int64_t heads, bool interleaved, bool back, int threads) {
-  const int32_t* position = positions.data<const int32_t>();
-  for (int64_t i = 0; i < positions.size(0); ++i)
-    if (position[i] < 0 || position[i] >= cos.size(0))
-      throw py::index_error("rotary: positions must be in [0, " + std::to_string(cos.size(0)) +
-                            "), got " + std::to_string(position[i]));
-  const ic::RotaryArgs args{x.raw(),
-                            out.raw(),
-                            cos.data<const float>(),
-                            sin.data<const float>(),
-                            position,
-                            x.size(0),
-                            x.size(1),
-                            x.size(2),
-                            x.stride(0),
-                            x.stride(1),
-                            heads,
-                            interleaved,
-                            back,
-                            x.dtype(),
-                            threads};
-  run("rotary", x, ic::rotary_cpu, nullptr, args);
+// `q` is turned into the first heads of `out`, then `k`; `v` is copied after them.
+void rotary(TensorView q, OptionalView k, OptionalView v, TensorView out, TensorView cos,
+            TensorView sin, TensorView positions, bool back, int threads) {
+  ic::RotaryArgs args{};
+  char* to = static_cast<char*>(out.raw());
+  const auto part = [&](const TensorView& from, bool turned) -> ic::RotaryPart {
+    const ic::RotaryPart made{
+        from.raw(),    to,           from.stride(0), from.stride(1), out.stride(0),
+        out.stride(1), from.size(1), turned};
+    to += from.size(1) * out.stride(1) * ic::size_of(out.dtype());
+    return made;
+  };
+  args.parts[0] = part(q, true);
+  if (k) args.parts[1] = part(*k, true);
+  if (v) args.parts[2] = part(*v, false);
+  args.cos = cos.data<const float>();
+  args.sin = sin.data<const float>();
+  args.positions = positions.data<const int32_t>();
+  args.rows = q.size(0);
+  args.dim = q.size(2);
+  args.back = back;
+  args.dtype = q.dtype();
+  args.threads = threads;
+  for (int64_t n = 0; n < args.rows; ++n)
+    IC_CHECK(args.positions[n] >= 0 && args.positions[n] < cos.size(0),
+             "rotary: positions must be in [0, ", cos.size(0), "), got ", args.positions[n], " at ",
+             n);
+  run("rotary", q, ic::rotary_cpu, nullptr, args);
 }
 
 // ---- sample ----
@@ -787,6 +874,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("activation", &activation, py::arg("x"), py::arg("grad"), py::arg("out"), py::arg("gated"),
         py::arg("threads"));
 
+  m.def("add_norm_sums", &ic::add_norm_sums, py::arg("rows"));
+  m.def("add_norm", &add_norm, py::arg("x"), py::arg("branch"), py::arg("weight"), py::arg("bias"),
+        py::arg("total"), py::arg("y"), py::arg("stats"), py::arg("eps"), py::arg("threads"));
+  m.def("add_norm_backward", &add_norm_backward, py::arg("grad_y"), py::arg("grad_total"),
+        py::arg("total"), py::arg("weight"), py::arg("stats"), py::arg("grad_x"),
+        py::arg("grad_branch"), py::arg("sums"), py::arg("grad_weight"), py::arg("grad_bias"),
+        py::arg("threads"));
+
   m.def("attention_plan", &attention_plan, py::arg("dim"));
   m.def("attention_workspace", &attention_workspace, py::arg("q"), py::arg("k"),
         py::arg("block_table"), py::arg("backward"));
@@ -807,6 +902,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("causal"), py::arg("scale"), py::arg("left"), py::arg("right"), py::arg("softcap"),
         py::arg("threads"));
 
+  m.def("take_pages", &take_pages, py::arg("bytes"));
   m.def("advise_huge_pages", &advise_huge_pages, py::arg("fresh"), py::arg("bytes"));
   m.def("check_targets", &check_targets, py::arg("op"), py::arg("targets"), py::arg("mask"),
         py::arg("weight"), py::arg("total"), py::arg("vocab"), py::arg("ignore_index"));
@@ -859,9 +955,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("ratio_high"), py::arg("dual_clip"), py::arg("value_clip_range"),
         py::arg("value_coef"), py::arg("entropy_coef"), py::arg("kl_coef"), py::arg("threads"));
 
-  m.def("rotary", &rotary, py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("positions"),
-        py::arg("out"), py::arg("heads"), py::arg("interleaved"), py::arg("back"),
-        py::arg("threads"));
+  m.def("rotary", &rotary, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("cos"),
+        py::arg("sin"), py::arg("positions"), py::arg("back"), py::arg("threads"));
+
   m.def("sample", &sample, py::arg("logits"), py::arg("bias"), py::arg("generated"),
         py::arg("prompt"), py::arg("allowed"), py::arg("controls"), py::arg("floats"),
         py::arg("integers"), py::arg("tokens"), py::arg("logprobs"), py::arg("sampled_logprobs"),

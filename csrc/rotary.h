@@ -1,10 +1,11 @@
-// rotary: heads of a packed tensor turned by the angles of their positions.
+// rotary: rotary position embedding of packed heads, and its gradient.
 //
-//   a' = a cos - b sin,  b' = b cos + a sin     for the pairs (a, b) of a head, angle i for pair i
-//
-// Pairs are (2 i, 2 i + 1), or (i, i + D / 2). Each product and each sum rounds to float32, as in
-// attention_paged_ and plain torch; the result rounds once to the element type. The gradient is the
-// turn back, by -sin. Source: Su et al. 2021, arXiv:2104.09864.
+// Pairs are neighbours: (x[2i], x[2i + 1]) of a head of token n, at position p = positions[n],
+// turns by the angle whose cosine and sine are cos[p, i] and sin[p, i]:
+//   y[2i] = x[2i] cos - x[2i + 1] sin     y[2i + 1] = x[2i + 1] cos + x[2i] sin
+// Each product is rounded by itself, as in attention_paged_: a token has the same bits in both.
+// The gradient turns back (sin -> -sin).
+// Source: Su et al. 2021, arXiv:2104.09864.
 #pragma once
 
 #include <stdint.h>
@@ -14,15 +15,21 @@
 
 namespace ic {
 
+// Heads of every token, (N, heads, D), last stride 1.
+struct RotaryPart {
+  const void* from;
+  void* to;
+  int64_t from_row, from_head, to_row, to_head, heads;
+  bool turned;  // else copied
+};
+
 struct RotaryArgs {
-  const void* x;             // (N, heads, D); strides of a token and a head below
-  void* out;                 // (N, heads, D), contiguous
+  RotaryPart parts[3];
   const float *cos, *sin;    // (positions, D / 2)
   const int32_t* positions;  // (N,)
-  int64_t tokens, heads, dim, token, head;
-  int64_t turned;  // so many heads turn; the others are copied
-  bool interleaved, back;
-  Dtype dtype;  // of x and out
+  int64_t rows, dim;
+  bool back;
+  Dtype dtype;
   int threads;
 };
 

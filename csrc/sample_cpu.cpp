@@ -151,6 +151,7 @@ struct Row {
 // What a cut leaves of a row, as softmax_row wants it.
 template <class Logits>
 struct KeptRow {
+  static constexpr int kElement = Logits::kElement;
   Logits logits;
   Cut cut;
 

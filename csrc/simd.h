@@ -230,6 +230,25 @@ IC_INLINE float reduce_min(Vec a) {
   return reduce(a, [](auto x, auto y) __attribute__((always_inline)) { return x < y ? x : y; });
 }
 
+// Lanes 1, 0, 3, 2, ..
+IC_INLINE Vec swap_neighbours(Vec a) {
+  const Lanes x = lanes_of(a);
+  const Lanes y =
+      __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+  Vec r;
+  __builtin_memcpy(&r, &y, sizeof r);
+  return r;
+}
+
+// Lanes 0, 0, 1, 1, .. 7, 7.
+IC_INLINE Vec repeat_each(Vec a) {
+  const Lanes x = lanes_of(a);
+  const Lanes y = __builtin_shufflevector(x, x, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+  Vec r;
+  __builtin_memcpy(&r, &y, sizeof r);
+  return r;
+}
+
 // Rows become columns: four rounds of 16 shuffles.
 #if defined(__AVX512F__)
 IC_INLINE void transpose(Vec (&rows)[kLanes]) {
@@ -310,15 +329,24 @@ IC_INLINE Vec load(const BFloat16* from) {
 #endif
 }
 
-IC_INLINE void store(BFloat16* to, Vec a) {
 #if defined(__AVX512F__)
+IC_INLINE __m256i half_words(BFloat16, Vec a) {
   const __m512i x = (__m512i)a.part[0];
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(x, odd), _mm512_set1_epi32(0x7fff));
   const __mmask16 nan = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q);
   const __m512i kept = _mm512_mask_or_epi32(rounded, nan, x, _mm512_set1_epi32(0x400000));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
+}
+
+IC_INLINE __m256i half_words(Float16, Vec a) {
+  return _mm512_cvtps_ph((__m512)a.part[0], _MM_FROUND_TO_NEAREST_INT);
+}
+#endif
+
+IC_INLINE void store(BFloat16* to, Vec a) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), half_words(BFloat16{}, a));
 #else
   float lane[kLanes];
   store(lane, a);
@@ -346,8 +374,7 @@ IC_INLINE Vec load(const Float16* from) {
 
 IC_INLINE void store(Float16* to, Vec a) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                      _mm512_cvtps_ph((__m512)a.part[0], _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), half_words(Float16{}, a));
 #elif defined(__F16C__)
   IC_EACH_PART _mm_storeu_si128(reinterpret_cast<__m128i*>(to + p * kNativeLanes),
                                 _mm256_cvtps_ph((__m256)a.part[p], _MM_FROUND_TO_NEAREST_INT));
@@ -397,6 +424,68 @@ IC_INLINE Vec load_partial(const Float16* from, int n, float fill) {
   return r;
 }
 #endif
+
+// ---- rows of n elements: whole vectors, and a last one of fewer lanes ----
+
+template <class T>
+IC_INLINE Vec load_lanes(const T* from, int lanes, float fill = 0.0f) {
+  return lanes == kLanes ? load(from) : load_partial(from, lanes, fill);
+}
+
+template <class T>
+IC_INLINE void store_lanes(T* to, Vec a, int lanes) {
+  lanes == kLanes ? store(to, a) : store_partial(to, a, lanes);
+}
+
+// f(i, lanes) for each vector.
+template <class F>
+IC_INLINE void each_vector(int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) f(i, kLanes);
+  if (i < n) f(i, static_cast<int>(n - i));
+}
+
+// The sum of f(i, lanes) over all vectors; f gives 0 in lanes past the end.
+template <class F>
+IC_INLINE float sum_vectors(int64_t n, F f) {
+  const Vec zero = broadcast(0.0f);
+  Vec sum[4] = {zero, zero, zero, zero};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes)
+    for (int j = 0; j < 4; ++j) sum[j] = sum[j] + f(i + j * kLanes, kLanes);
+  for (; i + kLanes <= n; i += kLanes) sum[0] = sum[0] + f(i, kLanes);
+  if (i < n) sum[0] = sum[0] + f(i, static_cast<int>(n - i));
+  return reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+// Elements from `at` to the next address where store_past_caches may begin, 0 or more below kLanes.
+template <class T>
+IC_INLINE int lanes_to_line(const T* at) {
+  constexpr uintptr_t kBytes = kLanes * sizeof(T);
+  const uintptr_t past = reinterpret_cast<uintptr_t>(at) % kBytes;
+  return static_cast<int>((kBytes - past) % kBytes / sizeof(T));
+}
+
+// Like store, to an aligned address, around the caches where the machine can. Visible to other
+// threads after a fence().
+template <class T>
+IC_INLINE void store_past_caches(T* to, Vec a) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    _mm512_stream_ps(to, (__m512)a.part[0]);
+  } else {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), half_words(T{}, a));
+  }
+#else
+  store(to, a);
+#endif
+}
+
+IC_INLINE void fence() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
 
 // Writes the lanes that the mask has, next to each other, and returns their number. All 16 elements
 // of `to` may be written.

@@ -20,7 +20,7 @@ inline constexpr float kMinusInf = -__builtin_inff();
 inline constexpr int kBlock = 2048;
 
 // e^(scale d) for d <= 0, or 0 from about -88 / scale down: a scale and the constants that go with
-// it. 2^(c d) with c = scale log2 e: the polynomial's relative error is 1.6e-8, plus rounding; e^0
+// it. 2^(c d) with c = scale log2 e: the polynomial's relative error is 9e-8, plus rounding. e^0
 // is exactly 1.
 class ScaledExp {
  public:
@@ -36,12 +36,11 @@ class ScaledExp {
     const Vec round = broadcast(12582912.0f + 127.0f);  // 1.5 * 2^23: its last bits become n + 127
     const Vec shifted = fma(d, c_, round);
     const Vec f = fma(d, c_, round - shifted);
-    Vec q = broadcast(0x1.41fbbcp-13f);
-    q = fma(q, f, broadcast(0x1.5f3e54p-10f));
-    q = fma(q, f, broadcast(0x1.3b2d4cp-7f));
-    q = fma(q, f, broadcast(0x1.c6aee8p-5f));
-    q = fma(q, f, broadcast(0x1.ebfbdcp-3f));
-    q = fma(q, f, broadcast(0x1.62e430p-1f));
+    Vec q = broadcast(0x1.5bd97cp-10f);
+    q = fma(q, f, broadcast(0x1.3ce8b2p-7f));
+    q = fma(q, f, broadcast(0x1.c6b6dap-5f));
+    q = fma(q, f, broadcast(0x1.ebf9c2p-3f));
+    q = fma(q, f, broadcast(0x1.62e42ap-1f));
     q = fma(q, f, broadcast(1.0f));
     return q * from_bits(shift_left(bits(shifted), 23));
   }
@@ -61,6 +60,7 @@ IC_INLINE float first_lane(Vec a) {
 // A row of logits as they lie in memory.
 template <class T>
 struct LogitsRow {
+  static constexpr int kElement = sizeof(T);  // bytes
   const T* x;
 
   IC_INLINE Vec load(int64_t i) const { return ic::IC_ISA::load(x + i); }
@@ -74,6 +74,7 @@ struct LogitsRow {
 // The same, capped: y = cap tanh(x / cap).
 template <class T>
 struct CappedRow {
+  static constexpr int kElement = sizeof(T);
   const T* x;
   float cap;
 
@@ -92,9 +93,36 @@ struct RowStats {
   int64_t block;  // where the block starts that holds the first maximum
 };
 
+// What softmax_row does with the exponentials besides adding them up.
+struct KeepNothing {
+  IC_INLINE void block(int64_t, float) {}
+  IC_INLINE void exponential(int64_t, Vec) {}
+};
+
+// Keeps them for who wants them again: a load instead of a polynomial.
+class KeptExponentials {
+ public:
+  // Floats of scratch for a row of n.
+  static IC_INLINE int64_t size(int64_t n) {
+    return (n + kLanes - 1) / kLanes * kLanes + (n + kBlock - 1) / kBlock;
+  }
+  IC_INLINE KeptExponentials(float* scratch, int64_t n)
+      : e_(scratch), shift_(scratch + (n + kLanes - 1) / kLanes * kLanes) {}
+
+  IC_INLINE void block(int64_t start, float shift) { shift_[start / kBlock] = shift; }
+  IC_INLINE void exponential(int64_t i, Vec e) { store(e_ + i, e); }
+
+  // e^(scale (y[i] - shift)), the shift being that of the block which i is in.
+  IC_INLINE const float* at(int64_t i) const { return e_ + i; }
+  IC_INLINE float shift(int64_t i) const { return shift_[i / kBlock]; }
+
+ private:
+  float *e_, *shift_;
+};
+
 // dot only with kDot; it is 0 otherwise, and max and sum have the same bits.
-template <bool kDot, class Row>
-IC_INLINE RowStats softmax_row(const Row& row, int64_t n, float scale) {
+template <bool kDot, class Row, class Keep = KeepNothing>
+IC_INLINE RowStats softmax_row(const Row& row, int64_t n, float scale, Keep keep = {}) {
   const ScaledExp exp_of(scale);
   const Vec zero = broadcast(0.0f);
   Vec sum[4] = {zero, zero, zero, zero}, dot[4] = {zero, zero, zero, zero};
@@ -123,19 +151,22 @@ IC_INLINE RowStats softmax_row(const Row& row, int64_t n, float scale) {
       best_block = start;
     }
     // Nothing but -inf so far: shift by 0 instead, for -inf - -inf is NaN.
-    const Vec shift = broadcast(running > kMinusInf ? running : 0.0f);
-    const auto add = [&](Vec y, int j) __attribute__((always_inline)) {
+    const float top_so_far = running > kMinusInf ? running : 0.0f;
+    const Vec shift = broadcast(top_so_far);
+    keep.block(start, top_so_far);
+    const auto add = [&](int64_t at, Vec y, int j) __attribute__((always_inline)) {
       const Vec d = exp_of.clamp(y - shift);
       const Vec e = exp_of.of_clamped(d);
+      keep.exponential(at, e);
       sum[j] = sum[j] + e;
       if constexpr (kDot) dot[j] = fma(e, d, dot[j]);
     };
     for (i = start; i + 4 * kLanes <= end; i += 4 * kLanes) {
-      for (int j = 0; j < 4; ++j) row.prefetch(i + kBlock + j * kLanes);
-      for (int j = 0; j < 4; ++j) add(row.load(i + j * kLanes), j);
+      for (int j = 0; j < 4; j += 4 / Row::kElement) row.prefetch(i + kBlock + j * kLanes);
+      for (int j = 0; j < 4; ++j) add(i + j * kLanes, row.load(i + j * kLanes), j);
     }
-    for (; i + kLanes <= end; i += kLanes) add(row.load(i), 0);
-    if (i < end) add(row.load_partial(i, static_cast<int>(end - i)), 0);
+    for (; i + kLanes <= end; i += kLanes) add(i, row.load(i), 0);
+    if (i < end) add(i, row.load_partial(i, static_cast<int>(end - i)), 0);
   }
   return {running, reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3])),
           kDot ? reduce_add((dot[0] + dot[1]) + (dot[2] + dot[3])) : 0.0f, best_block};
@@ -157,6 +188,30 @@ IC_INLINE int64_t row_argmax(const Row& row, int64_t n, const RowStats& stats) {
   int32_t lowest = lane[0];
   for (int j = 1; j < kLanes; ++j) lowest = lane[j] < lowest ? lane[j] : lowest;
   return stats.block + lowest;
+}
+
+// An output of so many bytes will have left the caches before anyone reads it.
+inline constexpr int64_t kPastCaches = 16 << 20;
+
+// Writes f(i, lanes) to row[i] for i in [begin, end). `past_caches`: lines go straight to memory,
+// which saves reading them first. fence() when the row is done.
+template <class T, class F>
+IC_INLINE void write_row(T* row, int64_t begin, int64_t end, bool past_caches, F f) {
+  int64_t i = begin;
+  if (past_caches) {
+    const int64_t ahead = lanes_to_line(row + i);
+    if (ahead > 0 && ahead < end - i) {
+      store_partial(row + i, f(i, static_cast<int>(ahead)), static_cast<int>(ahead));
+      i += ahead;
+    }
+    if (ahead <= end - i)
+      for (; i + kLanes <= end; i += kLanes) store_past_caches(row + i, f(i, kLanes));
+  }
+  for (; i + kLanes <= end; i += kLanes) store(row + i, f(i, kLanes));
+  if (i < end) {
+    const int lanes = static_cast<int>(end - i);
+    store_partial(row + i, f(i, lanes), lanes);
+  }
 }
 
 // ---- what a row's statistics say ----

@@ -37,6 +37,11 @@ struct Tensor {
   int64_t* strides;  // in elements
   uint64_t byte_offset;
 };
+struct ManagedTensor {
+  Tensor tensor;
+  void* context;
+  void (*deleter)(ManagedTensor* self);
+};
 struct ExchangeApi {
   Version version;
   ExchangeApi* previous;
@@ -49,6 +54,7 @@ struct ExchangeApi {
 
 static_assert(sizeof(void*) == 8 && sizeof(Tensor) == 48);
 static_assert(offsetof(Tensor, shape) == 24 && offsetof(Tensor, byte_offset) == 40);
+static_assert(sizeof(ManagedTensor) == 64);
 static_assert(offsetof(ExchangeApi, tensor_from_object) == 40 && sizeof(ExchangeApi) == 56);
 
 inline constexpr int32_t kCpu = 1, kCuda = 2;

@@ -66,25 +66,19 @@ void backward_row(const TokenLogprobsGradArgs& b, int64_t r) {
   const Vec max = broadcast(stats.max);
   const ScaledExp exp_of(scale);
   const float logprob = row_logprob(stats, scale, row.at(target));
-  const auto gradient = [&](Vec x) __attribute__((always_inline)) {
-    const Vec d = exp_of.clamp(x - max);
-    return exp_of.of_clamped(d) * fma(linear, d, constant);
-  };
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    const Vec first = gradient(row.load(i)), second = gradient(row.load(i + kLanes));
-    store(grad + i, first);
-    store(grad + i + kLanes, second);
-  }
-  for (; i < n; i += kLanes) {
-    const int lanes = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
-    store_partial(grad + i, gradient(row.load_partial(i, lanes, 0.0f)), lanes);
-  }
+  const bool past_caches = b.grad != a.logits && a.rows * n * int64_t{sizeof(G)} >= kPastCaches;
+  write_row(
+      grad, 0, n, past_caches, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+        const Vec x = lanes < kLanes ? row.load_partial(i, lanes, 0.0f) : row.load(i);
+        const Vec d = exp_of.clamp(x - max);
+        return exp_of.of_clamped(d) * fma(linear, d, constant);
+      });
   // 1 - p[t] without cancellation.
   float along_entropy = 0.0f;
   if (grad_entropy != 0.0f && logprob > kMinusInf)
     along_entropy = grad_entropy * __builtin_expf(logprob) * (logprob + entropy);
   grad[target] = from_float<G>(scale * (-grad_logprob * __builtin_expm1f(logprob) - along_entropy));
+  if (past_caches) fence();
 }
 
 template <class T, class G>

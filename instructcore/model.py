@@ -94,37 +94,6 @@ class ModelConfig:
         )
 
 
-class _AddNorm(torch.autograd.Function):
-    """total = x + branch; y = RMSNorm(total) * weight. Torch has no fused backward on the CPU.
-
-    x, total (N, C) float32, branch (N, C) or None, y in `dtype`. d total carries both gradients.
-    """
-
-    @staticmethod
-    def forward(ctx, x, branch, weight, eps, dtype):
-        total = x if branch is None else x + branch
-        rstd = torch.linalg.vector_norm(total, dim=-1, keepdim=True)
-        rstd.square_().mul_(1 / total.shape[-1]).add_(eps).rsqrt_()
-        y = (total * rstd).mul_(weight).to(dtype)
-        ctx.save_for_backward(total, rstd, weight)
-        ctx.branch_dtype = None if branch is None else branch.dtype
-        return y if branch is None else (total, y)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        total, rstd, weight = ctx.saved_tensors
-        grad = grads[-1].float()
-        product = grad * total
-        grad_weight = (rstd.t() @ product).view_as(weight)
-        pull = (product @ weight).unsqueeze(-1).mul_(rstd.pow(3)).mul_(-1 / total.shape[-1])
-        grad_total = (grad * weight).mul_(rstd)
-        grad_total.addcmul_(total, pull)
-        if ctx.branch_dtype is None:
-            return grad_total, None, grad_weight, None, None
-        grad_total.add_(grads[0])
-        return grad_total, grad_total.to(ctx.branch_dtype), grad_weight, None, None
-
-
 class KVCache:
     """Paged keys and values of every layer, for `GPT.decode`.
 
@@ -290,10 +259,11 @@ class GPT(nn.Module):
         positions = _positions(cu_seqlens, tokens.shape[0])
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
+            heads = {"heads": config.heads, "kv_heads": config.kv_heads}
             if self.positions is None:
-                turned = config.heads + config.kv_heads
-                qkv = ops.rotary(qkv, self.cos, self.sin, positions, heads=turned)
-            q, k, v = qkv.split((config.heads, config.kv_heads, config.kv_heads), 1)
+                q, k, v = ops.rotary(qkv, self.cos, self.sin, positions, **heads)
+            else:
+                q, k, v = qkv.split((config.heads, config.kv_heads, config.kv_heads), 1)
             longest = {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
             return ops.attention_varlen(q, k, v, cu_seqlens, cu_seqlens, causal=True, **longest)
 
@@ -358,18 +328,12 @@ class GPT(nn.Module):
         """(x + branch, its norm in the compute dtype); without a branch yet, x itself."""
         if branch is not None and dropout:
             branch = F.dropout(branch, dropout)
-        eps = self.config.norm_eps
-        if bias is None:
-            result = _AddNorm.apply(x, branch, weight, eps, self.compute_dtype)
-            return (x, result) if branch is None else result
-        if branch is not None:
-            x = x + branch
-        return x, F.layer_norm(x, weight.shape, weight, bias, eps).to(self.compute_dtype)
+        settings = {"eps": self.config.norm_eps, "dtype": self.compute_dtype}
+        return ops.add_norm(x, branch, weight, bias, **settings)
 
     def _head_norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).float()
-        y = _AddNorm.apply(rows, None, weight, self.config.norm_eps, self.compute_dtype)
-        return y.view(x.shape)
+        rows = x.reshape(-1, x.shape[-1])
+        return ops.add_norm(rows, None, weight, eps=self.config.norm_eps)[1].view(x.shape)
 
     def _layers(
         self,

@@ -24,7 +24,7 @@ from types import ModuleType
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 EMULATOR = ("emulator/emulator.cpp", "emulator/shadow.cpp")
-MODULE = ("module.cpp", "isa.cpp", "emulator/device.cpp")
+MODULE = ("module.cpp", "isa.cpp", "pages.cpp", "emulator/device.cpp")
 KERNELS = tuple(sorted(p.name for p in CSRC.glob("*.cu") if p.name != "device.cu"))
 
 COMMON = [

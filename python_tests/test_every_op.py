@@ -62,6 +62,22 @@ def gelu(device):
     return {"x": x}, {}
 
 
+def add_norm(device):
+    x, branch = tensors(device, (N, 259), (N, 259))
+    weight, bias = torch.rand(2, 259, device=device)
+    x = x.detach().float().requires_grad_()
+    named = {"x": x, "branch": branch, "_weight": weight, "_bias": bias}
+    return named, {"eps": 1e-5, "dtype": torch.bfloat16}
+
+
+def rotary(device):
+    (qkv,) = tensors(device, (N, 8, 24))
+    angles = torch.outer(torch.arange(50.0), torch.rand(12)).to(device)
+    positions = torch.arange(N, device=device).int() + 3
+    named = {"qkv": qkv, "_cos": angles.cos(), "_sin": angles.sin(), "positions": positions}
+    return named, {"heads": 4, "kv_heads": 2}
+
+
 def cross_entropy(device):
     (logits,) = tensors(device, (N, V))
     return {"logits": logits, "targets": torch.randint(V, (N,), device=device)}, {
@@ -111,13 +127,6 @@ def ppo_loss(device):
     return named | {"_mask": torch.rand(B, T, device=device) < 0.8}, {}
 
 
-def rotary(device):
-    (x,) = tensors(device, (N, 3, 40))
-    named = {"x": x, "_cos": torch.randn(50, 20, device=device)}
-    named |= {"_sin": torch.randn(50, 20, device=device)}
-    return named | {"positions": torch.arange(N, device=device).int() * 3}, {"heads": 2}
-
-
 def sample(device):
     (logits,) = tensors(device, (N, V))
     rows = torch.arange(N, device=device)
@@ -127,6 +136,7 @@ def sample(device):
 
 CASES = {
     "activation": [swiglu, gelu],
+    "add_norm": [add_norm],
     "attention": [attention, attention_float32, attention_varlen, attention_paged_],
     "cross_entropy": [cross_entropy, linear_cross_entropy],
     "token_logprobs": [token_logprobs, linear_token_logprobs],

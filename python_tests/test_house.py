@@ -16,7 +16,7 @@ KERNEL_OF = {
     "linear_token_logprobs": "token_logprobs",
 }
 # On a GPU these are torch's own functions.
-ON_CUDA_BY_TORCH = {"activation", "linear", "rotary"}
+ON_CUDA_BY_TORCH = {"activation", "add_norm", "linear", "rotary"}
 
 
 def test_no_torch_header():

@@ -8,17 +8,16 @@ from tolerance import assert_close, assert_differentiable_once, assert_same_bits
 
 from instructcore import _C
 from instructcore.ops import attention_paged_, rotary, rotary_reference
+from instructcore.ops.rotary import _by_torch
 
-# (N, H, D), how many heads turn, and why
+# (N, heads, kv_heads, D) and why
 SHAPES = {
-    (1, 1, 2): (1, "one pair"),
-    (7, 3, 8): (2, "half a vector; a head that does not turn"),
-    (97, 5, 40): (3, "a tail of half a vector; of a quarter where pairs lie apart"),
-    (1025, 2, 64): (2, "more tokens than a piece holds"),
-    (5, 2, 256): (0, "the widest head; none turns"),
-    (0, 2, 16): (1, "no tokens"),
+    (1, 1, 1, 2): "one pair",
+    (5, 3, 1, 24): "grouped heads, a vector and a half",
+    (300, 4, 2, 64): "more tokens than a piece holds",
+    (3, 2, 2, 70): "a tail of three pairs",
+    (0, 2, 1, 16): "no tokens",
 }
-POSITIONS = 300
 
 
 @pytest.fixture(params=["cpu", "cuda"])
@@ -29,150 +28,177 @@ def device(request) -> str:
     return request.param
 
 
-@pytest.fixture(params=[True, False], ids=["interleaved", "halves"])
-def interleaved(request) -> bool:
-    return request.param
-
-
 def inputs(shape, dtype=torch.float32, device="cpu"):
-    """x, cos, sin, positions; x is part of a wider tensor."""
-    tokens, heads, dim = shape
-    x = torch.randn(tokens, heads + 1, dim).to(device, dtype)[:, 1:]
-    angles = torch.rand(POSITIONS, dim // 2) * 7
-    positions = torch.randint(POSITIONS, (tokens,)).int()
-    return x, angles.cos().to(device), angles.sin().to(device), positions.to(device)
+    tokens, heads, kv_heads, dim = shape
+    qkv = torch.randn(tokens, heads + 2 * kv_heads, dim).to(device, dtype)
+    angles = torch.outer(torch.arange(50.0), torch.rand(dim // 2)).to(device)
+    positions = torch.randint(0, 50, (tokens,), dtype=torch.int32, device=device)
+    named = {"heads": heads, "kv_heads": kv_heads}
+    return (qkv, angles.cos(), angles.sin(), positions), named
 
 
-def double(x, cos, sin, positions):
-    return x.double(), cos.double(), sin.double(), positions
+def gradient(f, tensors, named, upstream):
+    leaf = tensors[0].detach().requires_grad_()
+    out = f(leaf, *tensors[1:], **named)
+    return torch.autograd.grad(out, leaf, [u.to(leaf.dtype) for u in upstream])[0]
 
 
 def test_known_values():
-    x = torch.tensor([[[3.0, 4.0, 1.0, 0.0]]])
-    cos, sin = torch.tensor([[9.0, 9.0], [0.6, 0.0]]), torch.tensor([[9.0, 9.0], [0.8, 1.0]])
-    at = torch.tensor([1]).int()
-    # 3 * 0.6 - 4 * 0.8, 4 * 0.6 + 3 * 0.8; a quarter turn of (1, 0).
-    assert rotary(x, cos, sin, at)[0, 0].tolist() == pytest.approx([-1.4, 4.8, 0.0, 1.0])
-    # Pairs (3, 1) and (4, 0).
-    halves = rotary(x, cos, sin, at, interleaved=False)
-    assert halves[0, 0].tolist() == pytest.approx([1.0, 0.0, 3.0, 4.0])
+    # A quarter turn takes (1, 2) to (-2, 1); position 0 stays; the value is not touched.
+    angles = torch.tensor([[0.0], [math.pi / 2]])
+    qkv = torch.tensor([1.0, 2.0]).expand(2, 3, 2).clone().requires_grad_()
+    positions = torch.tensor([1, 0], dtype=torch.int32)
+    q, k, v = rotary(qkv, angles.cos(), angles.sin(), positions, heads=1, kv_heads=1)
+    assert q[0, 0].tolist() == pytest.approx([-2.0, 1.0]) and k.tolist() == q.tolist()
+    assert q[1, 0].tolist() == [1.0, 2.0] and v.tolist() == qkv[:, 2:].tolist()
+    # The gradient turns back.
+    grads = [torch.tensor([3.0, 5.0]).expand(2, 1, 2)] * 3
+    (grad,) = torch.autograd.grad((q, k, v), qkv, grads)
+    assert grad[0, 0].tolist() == pytest.approx([5.0, -3.0]) and grad[0, 2].tolist() == [3.0, 5.0]
+    assert grad[1].tolist() == [[3.0, 5.0]] * 3
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_reference(device, dtype, shape, interleaved, isa):
-    heads, _ = SHAPES[shape]
-    arguments, options = inputs(shape, dtype, device), dict(heads=heads, interleaved=interleaved)
-    out, expected = rotary(*arguments, **options), rotary_reference(*arguments, **options)
-    assert out.dtype == dtype and out.is_contiguous()
-    assert_close(out, expected, rotary_reference(*double(*arguments), **options))
-    if device == "cpu":
-        assert_same_bits(out, expected)  # every product and sum rounds by itself in both
+def test_matches_reference(device, dtype, shape, isa):
+    tensors, named = inputs(shape, dtype, device)
+    ours = rotary(*tensors, **named)
+    native = rotary_reference(*tensors, **named)
+    truth = rotary_reference(tensors[0].double(), *tensors[1:], **named)
+    for a, b, c in zip(ours, native, truth, strict=True):
+        assert a.dtype == dtype
+        assert_close(a, b, c)
+    wide = torch.cat((tensors[0], tensors[0]), 1)[:, : tensors[0].shape[1]]  # a row stride
+    for a, b in zip(rotary(wide, *tensors[1:], **named), ours, strict=True):
+        assert_same_bits(a, b)
 
 
-@pytest.mark.parametrize("shape", [(7, 3, 8), (97, 5, 40)], ids=str)
-def test_gradients(device, dtype, shape, interleaved):
-    heads, _ = SHAPES[shape]
-    x, *tables = inputs(shape, dtype, device)
-    options = dict(heads=heads, interleaved=interleaved)
-    upstream = torch.randn(shape).to(device, dtype)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradients(device, dtype, shape, isa):
+    tensors, named = inputs(shape, dtype, device)
+    upstream = [torch.randn_like(x) for x in rotary(*tensors, **named)]
+    ours = gradient(rotary, tensors, named, upstream)
+    native = gradient(rotary_reference, tensors, named, upstream)
+    wide = (tensors[0].double(), *tensors[1:])
+    assert_close(ours, native, gradient(rotary_reference, wide, named, upstream))
+    one = [torch.ones((), dtype=dtype, device=device).expand(u.shape) for u in upstream]
+    copied = [u.clone() for u in one]
+    assert_same_bits(
+        gradient(rotary, tensors, named, one), gradient(rotary, tensors, named, copied)
+    )
 
-    def gradient(f, x, *tables):
-        leaf = x.detach().requires_grad_()
-        return torch.autograd.grad(f(leaf, *tables, **options), leaf, upstream.to(x.dtype))[0]
 
-    truth = gradient(rotary_reference, *double(x, *tables))
-    assert_close(gradient(rotary, x, *tables), gradient(rotary_reference, x, *tables), truth)
+def test_by_torch():
+    """What runs on CUDA, here on the CPU."""
+    (qkv, cos, sin, positions), named = inputs((5, 3, 1, 24))
+    out = torch.empty(5, 3, 24)
+    _by_torch(qkv[:, :3], cos, sin, positions, out)
+    expected = rotary_reference(qkv, cos, sin, positions, **named)[0]
+    torch.testing.assert_close(out, expected)
 
 
-def test_deterministic(dtype, interleaved, threads):
-    """A token's bits are those it has alone."""
-    x, *tables, positions = inputs((1025, 3, 40), dtype)
-    options = dict(heads=2, interleaved=interleaved)
-    out = rotary(x, *tables, positions, **options)
+def test_deterministic(dtype, threads):
+    tensors, named = inputs((700, 4, 2, 24), dtype)
+    upstream = [torch.randn_like(x) for x in rotary(*tensors, **named)]
+    results = []
     for n in (1, 2, 3):
         threads(n)
-        assert_same_bits(rotary(x, *tables, positions, **options), out)
-    for i in (0, 500, 1024):
-        alone = rotary(x[i : i + 1], *tables, positions[i : i + 1], **options)
-        assert_same_bits(alone, out[i : i + 1])
+        grad = gradient(rotary, tensors, named, upstream)
+        results.append((*rotary(*tensors, **named), grad))
+    for other in results[1:]:
+        for a, b in zip(other, results[0], strict=True):
+            assert_same_bits(a, b)
+    # A token's bits are its own.
+    qkv, cos, sin, positions = tensors
+    alone = rotary(qkv[33:34], cos, sin, positions[33:34], **named)
+    for a, b in zip(alone, results[0][:3], strict=True):
+        assert_same_bits(a, b[33:34])
 
 
-@pytest.mark.parametrize("dim", [8, 40, 64])
-def test_same_bits_as_in_the_paged_cache(dtype, dim, interleaved):
-    tokens, heads, kv_heads = 70, 4, 2
-    qkv, cos, sin, _ = inputs((tokens, heads + 2 * kv_heads, dim), dtype)
-    q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)
-    held = 33
-    caches = [torch.zeros(1, held + tokens, kv_heads, dim, dtype=dtype) for _ in range(2)]
-    tables = torch.zeros(1, 1).int(), torch.tensor([held]).int(), torch.tensor([0, tokens]).int()
-    options = dict(cos=cos, sin=sin, interleaved=interleaved)
-    attention_paged_(q, *caches, *tables, k_new=k, v_new=v, **options)
-    turned = rotary(k, cos, sin, torch.arange(held, held + tokens).int(), interleaved=interleaved)
-    assert_same_bits(caches[0][0, held:], turned)
+def test_same_bits_on_every_level(dtype):
+    """Without fused multiply-adds all levels agree."""
+    tensors, named = inputs((9, 4, 2, 24), dtype)
+    best, results = _C.build_info()["isa"], []
+    for level in _C.isa_levels():
+        _C.set_isa(level)
+        results.append(rotary(*tensors, **named))
+    _C.set_isa(best)
+    for other in results[1:]:
+        for a, b in zip(other, results[0], strict=True):
+            assert_same_bits(a, b)
 
 
-def test_identities(device, interleaved):
-    x, cos, sin, positions = inputs((50, 2, 16), device=device)
-    options = dict(interleaved=interleaved)
-    out = rotary(x, cos, sin, positions, **options)
-    torch.testing.assert_close(out.norm(dim=-1), x.norm(dim=-1))  # a turn keeps lengths
-    back = rotary(out, cos, -sin, positions, **options)
-    torch.testing.assert_close(back, x, atol=1e-6, rtol=1e-5)
-    # Turning by one angle after another is turning by their sum.
-    angle = torch.full((1, 8), math.pi / 3, device=device)
-    at = torch.zeros(50, dtype=torch.int32, device=device)
-    twice = x
-    for _ in range(6):
-        twice = rotary(twice, angle.cos(), angle.sin(), at, **options)
-    torch.testing.assert_close(twice, x, atol=1e-5, rtol=1e-5)
+def test_same_bits_as_in_the_cache():
+    """attention_paged_ turns the keys that it appends in the same way."""
+    (qkv, cos, sin, positions), named = inputs((1, 2, 1, 24))
+    positions[0] = 9
+    q, k, v = rotary(qkv, cos, sin, positions, **named)
+    keys, values = torch.zeros(1, 16, 1, 24), torch.zeros(1, 16, 1, 24)
+    table, held = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([9], dtype=torch.int32)
+    cu = torch.tensor([0, 1], dtype=torch.int32)
+    new = {"k_new": qkv[:, 2:3], "v_new": v, "cos": cos, "sin": sin, "interleaved": True}
+    attention_paged_(qkv[:, :2], keys, values, table, held, cu, **new)
+    assert_same_bits(keys[0, 9], k[0])
+
+
+def test_identities(device):
+    (qkv, cos, sin, positions), named = inputs((40, 2, 2, 64), device=device)
+    q, k, _ = rotary(qkv, cos, sin, positions, **named)
+    # Lengths stay, and a product of q and k depends on the distance of their positions alone.
+    assert torch.allclose(q.norm(dim=-1), qkv[:, :2].norm(dim=-1), rtol=1e-5)
+    fixed = torch.full_like(positions, 7)
+    _, there, _ = rotary(qkv, cos, sin, fixed, **named)
+    later, _, _ = rotary(qkv, cos, sin, fixed + 5, **named)
+    _, base, _ = rotary(qkv, cos, sin, fixed * 0, **named)
+    moved, _, _ = rotary(qkv, cos, sin, fixed * 0 + 5, **named)
+    products = [(a * b).sum(-1) for a, b in ((later, there), (moved, base))]
+    assert torch.allclose(*products, atol=1e-4)
 
 
 def test_opcheck_and_compile(device):
-    x, *tables = inputs((5, 3, 8), device=device)
-    op = torch.ops.instructcore.rotary.default
-    torch.library.opcheck(op, (x, *tables, 2, True, False))
+    tensors, named = inputs((5, 3, 1, 24), torch.bfloat16, device)
+    ops = torch.ops.instructcore
+    torch.library.opcheck(ops.rotary.default, (*tensors, 4))
+    grads = rotary(*tensors, **named)
+    torch.library.opcheck(ops.rotary_backward.default, (*grads, *tensors[1:]))
 
-    def f(x):
-        return rotary(x, *tables, heads=2)
+    def loss(qkv):
+        q, k, v = rotary(2 * qkv, *tensors[1:], **named)
+        return q.sin().sum() + k.cos().sum() + v.square().sum()
 
     results = []
-    for g in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):
-        leaf = x.clone().requires_grad_()
-        out = g(leaf)
-        out.square().sum().backward()
-        results.append((out.detach(), leaf.grad))
+    for f in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaf = tensors[0].clone().requires_grad_()
+        value = f(leaf)
+        results.append((value.detach(), *torch.autograd.grad(value, leaf)))
     for a, b in zip(*results, strict=True):
         assert_same_bits(a, b)
 
 
 def test_rejects(device):
-    x, cos, sin, positions = inputs((5, 3, 8), device=device)
-    with pytest.raises(TypeError, match="rotary: x must be float32, bfloat16 or float16, got"):
-        rotary(x.double(), cos, sin, positions)
-    with pytest.raises(ValueError, match=r"rotary: x must be \(N, H, D\), D even and at most 256"):
-        rotary(x[..., :5], cos, sin, positions)
-    with pytest.raises(ValueError, match=r"rotary: cos must be \(positions, D / 2\), got"):
-        rotary(x, cos[:, :3], sin, positions)
-    with pytest.raises(TypeError, match="rotary: positions must be torch.int32, got torch.int64"):
-        rotary(x, cos, sin, positions.long())
-    with pytest.raises(ValueError, match=r"rotary: heads must be in 0 \.\. 3, got 4"):
-        rotary(x, cos, sin, positions, heads=4)
+    (qkv, cos, sin, positions), named = inputs((5, 3, 1, 24), device=device)
+    with pytest.raises(TypeError, match="rotary: qkv must be float32.*float64"):
+        rotary(qkv.double(), cos, sin, positions, **named)
+    with pytest.raises(TypeError, match="rotary: positions must be torch.int32"):
+        rotary(qkv, cos, sin, positions.long(), **named)
+    with pytest.raises(ValueError, match="rotary: qkv must have 6 heads"):
+        rotary(qkv, cos, sin, positions, heads=4, kv_heads=1)
+    with pytest.raises(ValueError, match=r"rotary: qkv must be \(N, heads"):
+        rotary(qkv[..., :23], cos, sin, positions, **named)
+    with pytest.raises(ValueError, match=r"rotary: cos and sin must be \(P, 12\)"):
+        rotary(qkv, cos[:, :5], sin, positions, **named)
+    with pytest.raises(ValueError, match=r"rotary: positions must be \(5,\)"):
+        rotary(qkv, cos, sin, positions[:3], **named)
     if device == "cpu":
-        with pytest.raises(IndexError, match=r"rotary: positions must be in \[0, 300\), got 300"):
-            rotary(x, cos, sin, torch.full_like(positions, 300))
+        for bad in (-1, 50):
+            positions[2] = bad
+            with pytest.raises(RuntimeError, match=r"positions must be in \[0, 50\), got .* at 2"):
+                rotary(qkv, cos, sin, positions, **named)
 
 
-def test_double_backward():
-    x, *tables = inputs((5, 3, 8))
-    assert_differentiable_once("rotary", lambda x: rotary(x, *tables).sum(), x.contiguous())
+def test_double_backward(dtype):
+    tensors, named = inputs((4, 3, 1, 8), dtype)
 
+    def loss(qkv):
+        return sum(x.sum() for x in rotary(qkv, *tensors[1:], **named))
 
-def test_same_bits_on_every_level(dtype, interleaved):
-    x, *tables = inputs((9, 3, 40), dtype)
-    best, results = _C.build_info()["isa"], []
-    for level in _C.isa_levels():
-        _C.set_isa(level)
-        results.append(rotary(x, *tables, interleaved=interleaved))
-    _C.set_isa(best)
-    for other in results[1:]:
-        assert_same_bits(other, results[0])
+    assert_differentiable_once("rotary", loss, tensors[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .activation import gelu, gelu_reference, swiglu, swiglu_reference
+from .add_norm import add_norm, add_norm_reference
 from .attention import (
     attention,
     attention_paged_,
@@ -34,6 +35,8 @@ __all__ = [
     "Penalties",
     "Sampled",
     "TokenLogprobs",
+    "add_norm",
+    "add_norm_reference",
     "attention",
     "attention_paged_",
     "attention_paged_reference",

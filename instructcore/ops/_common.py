@@ -109,6 +109,15 @@ def plain_float(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32).contiguous()
 
 
+def reused_pages(tensor: Tensor) -> Tensor:
+    """The tensor itself, not yet touched, or if it is a large one on the CPU another like it, whose
+    memory stays mapped when it is freed: the next one has no page faults (csrc/pages.h)."""
+    size = tensor.numel() * tensor.element_size()
+    if not tensor.is_cpu or size < 4 << 20:
+        return tensor
+    return torch.from_dlpack(_C.take_pages(size)).view(tensor.dtype).view(tensor.shape)
+
+
 def fresh_pages(tensor: Tensor) -> Tensor:
     """The tensor itself, not yet touched: a large one on the CPU will lie in huge pages."""
     size = tensor.numel() * tensor.element_size()
@@ -129,4 +138,5 @@ __all__ = [
     "last_contiguous",
     "plain_float",
     "register",
+    "reused_pages",
 ]

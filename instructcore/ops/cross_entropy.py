@@ -12,10 +12,10 @@ from ._common import (
     check_float,
     check_shape,
     differentiable_once,
-    fresh_pages,
     last_contiguous,
     plain_float,
     register,
+    reused_pages,
 )
 
 REDUCTIONS = ("none", "sum", "mean")
@@ -120,14 +120,14 @@ def _run(
         *(logits, targets, weight, ignore_index, label_smoothing, z_loss, softcap),
         *(reduction, gradient),
     )
-    targets = targets.contiguous()
+    grad, targets = reused_pages(grad), targets.contiguous()
     weight = None if weight is None else weight.contiguous()
     divisor = total if reduction == 2 else None
     _C.check_targets("cross_entropy", targets, None, weight, total, logits.shape[1], ignore_index)
     losses = loss if reduction == 0 else torch.empty_like(targets, dtype=torch.float32)
     _C.cross_entropy(
         *(last_contiguous(logits), targets, weight, divisor, None, losses),
-        *((None, fresh_pages(grad)) if gradient else (stats, None)),
+        *((None, grad) if gradient else (stats, None)),
         *(ignore_index, label_smoothing, z_loss, softcap, torch.get_num_threads()),
     )
     if reduction != 0:
@@ -175,7 +175,7 @@ def _run_backward(
     softcap,
     reduction,
 ):
-    grad = fresh_pages(logits.new_empty(logits.shape))
+    grad = reused_pages(logits.new_empty(logits.shape))
     _C.cross_entropy(
         last_contiguous(logits),
         targets.contiguous(),
@@ -205,7 +205,7 @@ def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """gradient * factor, without a pass where the factor is known to be 1."""
     if gradient.is_cpu and not torch.compiler.is_compiling() and factor.item() == 1.0:
         return gradient
-    return gradient * factor
+    return torch.mul(gradient, factor, out=reused_pages(torch.empty_like(gradient)))
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -14,10 +14,10 @@ from ._common import (
     check_float,
     check_shape,
     differentiable_once,
-    fresh_pages,
     last_contiguous,
     plain_float,
     register,
+    reused_pages,
 )
 
 
@@ -172,7 +172,7 @@ def _run_backward(
     stats,
     ignore_index,
 ):
-    grad = fresh_pages(logits.new_empty(logits.shape))
+    grad = reused_pages(logits.new_empty(logits.shape))
     _C.token_logprobs_backward(
         *(None if g is None else plain_float(g) for g in (grad_logprobs, grad_entropy)),
         *(last_contiguous(logits), targets.contiguous()),
