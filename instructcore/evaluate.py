@@ -105,7 +105,7 @@ def sample_responses(
     params: SamplingParams,
     marked: bool | None = None,
 ) -> list[Sample]:
-    """One response per prompt. With a seed, prompt i draws from the stream (seed, i).
+    """The `params.n` responses to each prompt, side by side. Prompt i has the stream (seed, i).
 
     `marked`: with the assistant marker after a prompt; None: if the model is tuned to answer.
     """
@@ -115,7 +115,8 @@ def sample_responses(
     if params.seed is not None:
         each = [replace(params, seed=mix(params.seed, i)) for i in range(len(ids))]
     completions = generator.generate(ids, each)
-    return [Sample(*row) for row in zip(prompts, ids, completions, strict=True)]
+    asked = [pair for pair in zip(prompts, ids, strict=True) for _ in range(params.n)]
+    return [Sample(*pair, c) for pair, c in zip(asked, completions, strict=True)]
 
 
 def mean_kl(policy: GPT, reference: GPT, samples: Sequence[Sample]) -> float:

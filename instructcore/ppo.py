@@ -17,19 +17,21 @@ GPU's matrix products differ from batch to batch: there log π is computed again
 micro-batches that the first inner epoch trains on.
 
 Sources: Ouyang et al. 2022 (arXiv:2203.02155), §3.5 and appendix C.4; Stiennon et al. 2020
-(arXiv:2009.01325); Huang et al. 2024 (arXiv:2403.17031), "N+". What the paper leaves open is ours.
+(arXiv:2009.01325); Huang et al. 2024 (arXiv:2403.17031), "N+". presets.py names the source of each
+value, and what the papers leave open as our choice.
+
+`--algorithm` grpo, dr_grpo and rloo compare the K responses to a prompt instead: no critic, and
+one A for all tokens of a response (`group_advantages`). The rest is the same.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import itertools
 import math
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,11 +48,12 @@ from .config import (
     option,
     options,
 )
-from .data import EpochOrder, Prompt, TokenStream, pack, read_prompts, report_dropped
-from .errors import UserError
+from .data import EpochOrder, Prompt, TokenStream, read_prompts, report_dropped
+from .episodes import Episodes, check_same, split
 from .evaluate import Judge, ModelJudge, RewardFunction, Sample, make_judge, sample_responses
 from .generate import SamplingParams
 from .model import GPT, load
+from .presets import ALGORITHMS, OUR_CHOICE, PRESETS, Table
 from .pretrain import count_targets, micro_batches, next_token_loss, to_device
 from .tokenizer import Tokenizer
 from .train import AdamW, Metrics, Run, TrainState, learning_rate, mix, resolve_checkpoint
@@ -59,33 +62,6 @@ from .train import update as apply_gradients
 # Streams of randomness within a step, so that none repeats another.
 SAMPLING, SHUFFLE, PRETRAIN, CRITIC = 1, 2, 3, 4
 HELD_OUT = 0.1  # of each file of pre-training text, at its end: as `pretrain` keeps it unseen
-
-# What each preset sets, and its source; "ours" is where the source leaves it open.
-PRESETS: dict[str, dict[str, tuple[Any, str]]] = {
-    "small": {},
-    "instructgpt": {
-        "steps": (500, "C.4: 256k episodes of 512"),
-        "batch": (512, "C.4"),
-        "minibatch": (64, "C.4"),
-        "inner_epochs": (1, "C.4"),
-        "max_tokens": (1024, "C: responses of up to 1k tokens"),
-        "temperature": (1.0, "C.4"),
-        "kl_coef": (0.02, "C.4"),
-        "kl_target": (0.0, "C.4: a fixed coefficient"),
-        "gamma": (1.0, "C.4: no discount"),
-        "lambda_": (0.95, "ours, as in Stiennon et al. and N+"),
-        "clip_range": (0.2, "C.4"),
-        "value_clip_range": (0.2, "ours, as in Stiennon et al. and N+"),
-        "value_coef": (0.1, "ours, as in Stiennon et al. and N+"),
-        "ptx_coef": (27.8, "C.4"),
-        "ptx_batch": (512, "C.4: 8 times the episodes"),
-        "ptx_context": (2048, "C: the context"),
-        "critic_lr": (9e-6, "C.4, the critic of the 1.3B and 6B policies"),
-        "lr": (8e-6, "ours: E.8 scans 2.55e-6 to 2.55e-5"),
-        "ema": (0.992, "C.4"),
-        "export_ema": (True, "C.4"),
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -98,7 +74,11 @@ class PPOConfig:
     init: str = option("", "checkpoint of the policy; frozen, the KL reference", required=True)
     reward: str = option("", "reward model's checkpoint, or module:function", required=True)
     prompts: tuple[str, ...] = option((), "files of prompts", required=True)
-    preset: str = option("small", "sets what no flag sets", choices=("small", "instructgpt"))
+    preset: str = option("small", "sets what no flag sets", choices=tuple(PRESETS))
+    algorithm: str = option(
+        "ppo", "ppo has a critic, the others compare groups", choices=tuple(ALGORITHMS)
+    )
+    group_size: int = option(1, "responses per prompt", unit="sequences", range="[1, inf)")
     steps: int = option(
         40, "length of the run", unit="iterations", paper="500, 256k episodes", range="[1, inf)"
     )
@@ -116,7 +96,13 @@ class PPOConfig:
     temperature: float = option(1.0, "of rollouts and log-probs", paper="1", range="(0, inf)")
 
     kl_coef: float = option(
-        0.05, "β, KL penalty in the reward", unit="per nat", paper="0.02", range="[0, inf)"
+        0.05, "β, of the KL penalty", unit="per nat", paper="0.02", range="[0, inf)"
+    )
+    kl_in: str = option(
+        "reward",
+        "where the penalty is: log-ratios in the reward, or k3 in the loss",
+        paper="reward",
+        choices=("reward", "loss"),
     )
     kl_target: float = option(
         0.0, "β adapts to this KL, 0 = fixed", unit="nats per response", range="[0, inf)"
@@ -128,7 +114,17 @@ class PPOConfig:
         choices=("none", "subtract", "replace"),
     )
     missing_eos_penalty: float = option(1.0, "that penalty", unit="score", range="[0, inf)")
-    bootstrap_truncated: bool = option(False, "unended responses: V after the last token, not 0")
+    truncated: str = option(
+        "zero",
+        "unended responses: then comes 0, or V (bootstrap); or they are not learnt from (drop)",
+        choices=("zero", "bootstrap", "drop"),
+    )
+    score_at: str = option(
+        "last",
+        "the score's place: the last token, or the state after an end, which then has a V too",
+        paper="last",
+        choices=("last", "after_end"),
+    )
     reward_clip: float = option(
         0.0, "scores are clipped to ± this, 0 = not", unit="score", range="[0, inf)"
     )
@@ -139,6 +135,14 @@ class PPOConfig:
     clip_range: float = option(0.2, "ε, clip of the ratio", paper="0.2", range="(0, inf)")
     clip_range_high: float = option(0.0, "upper ε, 0 = the same", range="[0, inf)")
     dual_clip: float = option(0.0, "if A < 0 the loss is at most this × |A|", range="[0, inf)")
+    aggregate: str = option(
+        "token",
+        "mean over tokens, mean of the sequences' means, or sum / (minibatch × max_tokens)",
+        choices=("token", "sequence", "constant"),
+    )
+    importance_cap: float = option(
+        0.0, "π / generator's π weighs the loss, up to this; 0 = not", range="[0, inf)"
+    )
     value_clip_range: float = option(0.2, "clip of the values, 0 = none", range="[0, inf)")
     value_coef: float = option(0.1, "c, weight of the value loss", range="[0, inf)")
     ema: float = option(
@@ -185,27 +189,43 @@ class PPOConfig:
         check_divides(self.minibatch, self.batch, ("minibatch", "batch"))
         if self.micro_batch:
             check_divides(self.micro_batch, self.minibatch, ("micro-batch", "minibatch"))
+        check_divides(self.group_size, self.batch, ("group-size", "batch"))
+        if self.algorithm != "ppo":
+            name = f"--algorithm {self.algorithm}"
+            check(self.group_size > 1, f"{name} needs --group-size above 1, got {self.group_size}")
+            check(self.truncated != "bootstrap", f"{name} has no critic: --truncated zero or drop")
+            check(not self.whiten_rewards, f"{name} has no rewards per token: --no-whiten-rewards")
         dual = self.dual_clip
         check(dual == 0 or dual > 1, f"--dual-clip must be 0 (none) or above 1, got {dual}")
         check(self.ema > 0 or not self.export_ema, "--export-ema needs --ema above 0")
+
+    @property
+    def _table(self) -> Table:
+        return PRESETS[self.preset] | ALGORITHMS[self.algorithm]
 
     def _apply_preset(self) -> None:
         defaults = {item.name: item.default for item in options(type(self))}
         now, unknown = flatten(self), [name for name in self.given if name not in defaults]
         check(not unknown, f"given must name settings, got {', '.join(unknown)}")
-        for name, (value, _) in PRESETS[self.preset].items():
-            if name in self.given or now[name] != defaults[name]:
-                continue
-            if name == "lr":
-                object.__setattr__(self, "optim", replace(self.optim, lr=value))
-            else:
-                object.__setattr__(self, name, value)
+        stands = {n for n in self._table if n in self.given or now[n] != defaults[n]}
+        new = {n: value for n, (value, _) in self._table.items() if n not in stands}
+        optim = {n: new.pop(n) for n in flatten(self.optim) if n in new}
+        for name, value in (new | {"optim": replace(self.optim, **optim)}).items():
+            object.__setattr__(self, name, value)
 
-    def from_preset(self) -> dict[str, tuple[Any, str]]:
-        """What the preset decides here: its values that stand, each with its source."""
-        now, preset = flatten(self), PRESETS[self.preset]
-        stands = (n for n, (value, _) in preset.items() if n not in self.given and now[n] == value)
-        return {name: preset[name] for name in stands}
+    def sources(self) -> Table:
+        """Every value that no flag sets, with its source: preset, algorithm or our choice."""
+        found, now, table = {}, flatten(self), self._table
+        about = {"preset", "algorithm", *flatten(self.run), *self.given}
+        for item in options(type(self)):
+            name, value = item.name, now[item.name]
+            if name in about or item.many or item.metadata.get("required"):
+                continue
+            if name in table and value == table[name][0]:
+                found[name] = table[name]
+            elif value == item.default:
+                found[name] = value, OUR_CHOICE
+        return found
 
 
 # ---- The formulas that no kernel computes
@@ -225,90 +245,33 @@ def penalise_missing_eos(scores: Tensor, ended: Tensor, form: str, penalty: floa
     return torch.where(ended, scores, worse)
 
 
+def group_advantages(rewards: Tensor, size: int, algorithm: str) -> Tensor:
+    """A (B,) of responses with reward r (B,), of which every `size` in turn answer one prompt.
+
+    grpo: (r − mean) / (std + 1e-4), std with size − 1; dr_grpo: r − mean; rloo: r − the mean of the
+    others' r. Over the group each. The 1e-4 is TRL's; Shao et al. have none.
+    """
+    groups = rewards.view(-1, size)
+    centred = groups - groups.mean(1, keepdim=True)
+    if algorithm == "grpo":
+        centred = centred / (groups.std(1, keepdim=True) + 1e-4)
+    elif algorithm == "rloo":
+        centred = centred * (size / (size - 1))
+    return centred.flatten()
+
+
 @torch.no_grad()
 def update_average(average: Iterable[Tensor], weights: Iterable[Tensor], decay: float) -> None:
     """average ← decay · average + (1 − decay) · weights, in place."""
     torch._foreach_lerp_(list(average), list(weights), 1.0 - decay)
 
 
-# ---- The episodes of an iteration
-
-
-@dataclass
-class Episodes:
-    """Prompts and responses end to end, with what PPO knows of each position.
-
-    Tensors are (N,). `mask` is True at the positions that predict a token of a response: there
-    `targets` is that token, and everything else belongs to it. Elsewhere nothing counts.
-    `old_logprobs` begin as the generator's.
-    """
-
-    starts: list[int]  # B + 1 offsets, on the host
-    tokens: Tensor
-    targets: Tensor
-    mask: Tensor
-    old_logprobs: Tensor
-    ref_logprobs: Tensor
-    values: Tensor
-    advantages: Tensor
-    returns: Tensor
-
-    @classmethod
-    def of(cls, samples: Sequence[Sample], device: torch.device) -> Episodes:
-        lengths = [(len(s.prompt_ids), len(s.completion.token_ids)) for s in samples]
-        masks = [[False] * prompt + [True] * response for prompt, response in lengths]
-        packed = pack([(s.sequence, mask) for s, mask in zip(samples, masks, strict=True)])
-        starts, packed = packed.cu_seqlens.tolist(), to_device(packed, device)
-        blank = [torch.zeros(starts[-1], device=device) for _ in range(5)]
-        episodes = cls(starts, packed.tokens, packed.targets, packed.targets >= 0, *blank)
-        drawn = [x for s in samples for x in s.completion.sampled_logprobs]
-        episodes.old_logprobs[episodes.mask] = torch.tensor(drawn, device=device)
-        return episodes
-
-    def index(self, rows: Sequence[int]) -> Tensor:
-        """Where the positions of these episodes are."""
-        spans = [torch.arange(self.starts[row], self.starts[row + 1]) for row in rows]
-        return torch.cat(spans).to(self.tokens.device)
-
-    def take(self, rows: Sequence[int]) -> Episodes:
-        """These episodes alone, in this order."""
-        lengths = (self.starts[row + 1] - self.starts[row] for row in rows)
-        starts, index = list(itertools.accumulate(lengths, initial=0)), self.index(rows)
-        names = [f.name for f in fields(self) if f.name != "starts"]
-        return Episodes(starts, **{name: getattr(self, name)[index] for name in names})
-
-    @property
-    def cu_seqlens(self) -> Tensor:
-        return torch.tensor(self.starts, dtype=torch.int32, device=self.tokens.device)
-
-    @property
-    def max_seqlen(self) -> int:
-        return max(end - first for first, end in itertools.pairwise(self.starts))
+# ---- The two models
 
 
 def state_values(critic: GPT, part: Episodes) -> Tensor:
     """V (N,) of every state: at position p, before token p + 1 is chosen."""
     return critic.scores(critic.hidden(part.tokens, part.cu_seqlens, max_seqlen=part.max_seqlen))
-
-
-def check_same(episodes: Episodes, drawn: Tensor) -> None:
-    """Stops at the first token whose log-probability the generator and the trainer disagree on."""
-    differ = (drawn.view(torch.int32) != episodes.old_logprobs.view(torch.int32)).nonzero()
-    if not len(differ):
-        return
-    at = int(differ[0])
-    row = bisect_right(episodes.starts, at) - 1
-    raise UserError(
-        f"--strict: after prompt {row} of this iteration, token {int(episodes.targets[at])} at "
-        f"position {at + 1 - episodes.starts[row]} has log-probability {float(drawn[at])!r} from "
-        f"the generator, but {float(episodes.old_logprobs[at])!r} from the trainer; {len(differ)} "
-        f"of {int(episodes.mask.sum())} differ"
-    )
-
-
-def split(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """Consecutive parts of `order`, of `size` each."""
-    return (order[first : first + size] for first in range(0, len(order), size))
 
 
 def response_logprobs(
@@ -325,7 +288,7 @@ def response_logprobs(
 
 
 class PPO:
-    """Policy, critic, reference and judge, and what one iteration does with them.
+    """Policy, critic (of `ppo` alone), reference and judge, and what one iteration does with them.
 
     All that iteration `step` draws depends on `step` and the seed alone.
     """
@@ -334,7 +297,7 @@ class PPO:
         self,
         config: PPOConfig,
         policy: GPT,
-        critic: GPT,
+        critic: GPT | None,
         reference: GPT,
         judge: Judge,
         tokenizer: Tokenizer,
@@ -343,14 +306,16 @@ class PPO:
     ) -> None:
         self.config, self.seed = config, config.run.seed
         # Dropout is off in all models: a log-ratio must compare weights, not noise.
-        self.policy, self.critic = policy.eval(), critic.eval()
+        self.policy, self.critic = policy.eval(), critic.eval() if critic is not None else None
         self.reference = reference.eval().requires_grad_(False)
         self.judge, self.tokenizer, self.text = judge, tokenizer, text
         self.prompts, self.prompt_order = prompts, EpochOrder(len(prompts), self.seed)
         self.device = policy.embed.device
         self.micro_batch = config.micro_batch or config.minibatch
-        self.optims = {"": config.optim, "critic": replace(config.optim, lr=config.critic_lr)}
-        models = {"": policy, "critic": critic}
+        models, self.optims = {"": policy}, {"": config.optim}
+        if critic is not None:
+            models["critic"] = critic
+            self.optims["critic"] = replace(config.optim, lr=config.critic_lr)
         optimizers = {name: AdamW(models[name], o) for name, o in self.optims.items()}
         averaged = policy.named_parameters() if config.ema else ()
         average = {f"ema.{name}": p.detach().clone() for name, p in averaged}
@@ -382,11 +347,13 @@ class PPO:
         return metrics
 
     def rollout(self, step: int) -> list[Sample]:
-        """The iteration's prompts, each with a response drawn from the whole distribution."""
+        """The iteration's prompts, each with its responses, from the whole distribution."""
         config = self.config
-        prompts = [self.prompts[i] for i in self.prompt_order.batch(step, config.batch)]
-        seed = mix(self.seed, step, SAMPLING)
-        params = SamplingParams(config.max_tokens, config.temperature, seed=seed)
+        indices = self.prompt_order.batch(step, config.batch // config.group_size)
+        prompts, seed = [self.prompts[i] for i in indices], mix(self.seed, step, SAMPLING)
+        params = SamplingParams(
+            config.max_tokens, config.temperature, n=config.group_size, seed=seed
+        )
         return sample_responses(self.policy, self.tokenizer, prompts, params, marked=True)
 
     def score(self, samples: Sequence[Sample]) -> Tensor:
@@ -409,75 +376,127 @@ class PPO:
     def assess(self, episodes: Episodes, order: Sequence[int]) -> Metrics:
         """Reference log-probs and values, on the very micro-batches of the first epoch.
 
-        On a GPU, or to be strict, old log-probs too; then the metrics say how far off those of the
-        generator were.
+        On a GPU, to be strict, or to correct for the generator, old log-probs too; then the metrics
+        say how far off those of the generator were. The correction is truncated importance
+        sampling: min(π / generator's π, cap) (Yao et al. 2025, "TIS").
         """
-        again = self.config.strict or self.device.type == "cuda"
+        config = self.config
+        again = config.strict or config.importance_cap > 0 or self.device.type == "cuda"
         drawn = episodes.old_logprobs.clone()
-        with self.policy.frozen(), self.reference.frozen(), self.critic.frozen():
+        with contextlib.ExitStack() as stack:
+            for model in (self.policy, self.reference, self.critic):
+                if model is not None:
+                    stack.enter_context(model.frozen())
             for rows in split(order, self.micro_batch):
                 part, index = episodes.take(rows), episodes.index(rows)
-                ref = response_logprobs(self.reference, part, self.config.temperature)
+                ref = response_logprobs(self.reference, part, config.temperature)
                 episodes.ref_logprobs[index] = ref.logprobs
-                episodes.values[index] = state_values(self.critic, part)
+                if self.critic is not None:
+                    episodes.values[index] = state_values(self.critic, part)
                 if again:
-                    old = response_logprobs(self.policy, part, self.config.temperature)
+                    old = response_logprobs(self.policy, part, config.temperature)
                     episodes.old_logprobs[index] = old.logprobs
-        if self.config.strict:
+        if config.strict:
             check_same(episodes, drawn)
         if not again:
             return {}
-        return {"ppo/logprob_mismatch": float((drawn - episodes.old_logprobs).abs().max())}
+        off = episodes.old_logprobs - drawn
+        if config.importance_cap:
+            episodes.weights = off.exp().clamp(max=config.importance_cap)
+        return {"ppo/logprob_mismatch": float(off.abs().max())}
 
     @torch.no_grad()
     def estimate(self, episodes: Episodes, samples: Sequence[Sample], scores: Tensor) -> Metrics:
         """Fills in advantages and returns; the rollouts' metrics, named as the papers do."""
-        config, mask, batch = self.config, episodes.mask, len(samples)
+        config, batch, mask = self.config, len(samples), episodes.mask
         ended = torch.tensor([s.ended for s in samples], device=self.device)
-        after = episodes.values[episodes.cu_seqlens[1:].long() - 1] * ~ended
-        targets = ops.ppo_advantage(
-            penalise_missing_eos(scores, ended, config.missing_eos, config.missing_eos_penalty),
-            episodes.old_logprobs,
-            episodes.ref_logprobs,
-            episodes.values,
-            mask,
-            kl_coef=self.state.extra["kl_coef"],
-            gamma=config.gamma,
-            lambda_=config.lambda_,
-            cu_seqlens=episodes.cu_seqlens,
-            bootstrap=after if config.bootstrap_truncated else None,
-            reward_clip=config.reward_clip or None,
-            whiten_rewards=config.whiten_rewards,
-        )
-        episodes.advantages, episodes.returns = targets.advantages, targets.returns
         old, ref = episodes.old_logprobs[mask], episodes.ref_logprobs[mask]
-        return {
+        metrics = {
             "objective/score": float(scores.mean()),
             "objective/kl": float((old - ref).sum()) / batch,
             "objective/entropy": float(-old.sum()) / batch,
-            "objective/reward": float(targets.rewards[mask].sum()) / batch,
             "rollout/eos_rate": float(ended.float().mean()),
             "rollout/length": float(mask.sum()) / batch,
         }
+        scores = penalise_missing_eos(scores, ended, config.missing_eos, config.missing_eos_penalty)
+        kl_coef = self.state.extra["kl_coef"] if config.kl_in == "reward" else 0.0
+        if config.algorithm != "ppo":
+            if config.reward_clip:
+                scores = scores.clamp(-config.reward_clip, config.reward_clip)
+            kl = episodes.sums(episodes.old_logprobs - episodes.ref_logprobs)
+            rewards = scores - kl_coef * kl
+            of_responses = group_advantages(rewards, config.group_size, config.algorithm)
+            episodes.advantages = torch.where(mask, episodes.spread(of_responses), 0)
+            metrics["objective/reward"] = float(rewards.mean())
+        if config.truncated == "drop":
+            episodes.mask = mask & episodes.spread(ended)
+        episodes.states = episodes.mask.clone()
+        if config.algorithm == "ppo":
+            rewards = self.estimate_per_token(episodes, ended, scores, kl_coef)
+            metrics["objective/reward"] = float(rewards.sum()) / batch
+        return metrics
 
-    def loss(self, part: Episodes, normalizer: Tensor) -> tuple[Tensor, ops.PPOStats]:
-        """PPO's loss of a micro-batch; `normalizer`: the tokens of the whole minibatch."""
-        config = self.config
+    def estimate_per_token(
+        self, episodes: Episodes, ended: Tensor, scores: Tensor, kl_coef: float
+    ) -> Tensor:
+        """PPO's: GAE of rewards (N,), which it returns; advantages whitened."""
+        config, ends = self.config, episodes.cu_seqlens[1:].long() - 1
+        after_end = config.score_at == "after_end"
+        if after_end:
+            episodes.states[ends[ended]] = True
+        targets = ops.ppo_advantage(
+            scores,
+            episodes.old_logprobs,
+            episodes.ref_logprobs,
+            episodes.values,
+            episodes.states,
+            kl_coef=kl_coef,
+            gamma=config.gamma,
+            lambda_=config.lambda_,
+            cu_seqlens=episodes.cu_seqlens,
+            bootstrap=episodes.values[ends] * ~ended if config.truncated == "bootstrap" else None,
+            reward_clip=config.reward_clip or None,
+            whiten_rewards=config.whiten_rewards,
+            whiten=not after_end,
+        )
+        episodes.advantages, episodes.returns = targets.advantages, targets.returns
+        if after_end:  # no token is chosen after the end: that state has no advantage
+            kept = targets.advantages[episodes.mask]
+            moments = kept.mean(), kept.var(correction=0)
+            episodes.advantages = ops.whiten_advantages(targets.advantages, episodes.mask, *moments)
+        return targets.rewards
+
+    def normalizer(self, minibatch: Episodes) -> Tensor | float:
+        """What the sum of a whole minibatch's losses is divided by; its micro-batches share it."""
+        if self.config.aggregate == "constant":
+            return float(self.config.minibatch * self.config.max_tokens)
+        tokens = minibatch.sums(torch.ones_like(minibatch.advantages))
+        counted = tokens if self.config.aggregate == "token" else tokens > 0
+        return counted.sum().clamp(min=1)
+
+    def loss(self, part: Episodes, normalizer: Tensor | float) -> tuple[Tensor, ops.PPOStats]:
+        """The loss of a micro-batch."""
+        config, in_loss = self.config, self.config.kl_in == "loss"
         new = response_logprobs(self.policy, part, config.temperature, entropy=True)
         return ops.ppo_loss(
             new.logprobs,
             part.old_logprobs,
             part.advantages,
-            part.mask,
-            values=state_values(self.critic, part),
-            old_values=part.values,
-            returns=part.returns,
+            part.states,
+            values=state_values(self.critic, part) if self.critic is not None else None,
+            old_values=part.values if self.critic is not None else None,
+            returns=part.returns if self.critic is not None else None,
             entropy=new.entropy.detach(),
+            ref_logprobs=part.ref_logprobs if in_loss else None,
+            weights=part.weights if config.importance_cap else None,
+            cu_seqlens=part.cu_seqlens,
             clip_range=config.clip_range,
             clip_range_high=config.clip_range_high or None,
             dual_clip=config.dual_clip or None,
             value_clip_range=config.value_clip_range or None,
             value_coef=config.value_coef,
+            kl_coef=self.state.extra["kl_coef"] if in_loss else 0.0,
+            aggregate=config.aggregate,
             normalizer=normalizer,
         )
 
@@ -498,7 +517,7 @@ class PPO:
         Returns its metrics and the sums of ops.PPOStats.
         """
         config = self.config
-        normalizer = episodes.mask[episodes.index(rows)].sum()
+        normalizer = self.normalizer(episodes.take(rows))
         total, sums, ptx = 0.0, 0.0, 0.0
         for micro in split(rows, self.micro_batch):
             loss, stats = self.loss(episodes.take(micro), normalizer)
@@ -518,7 +537,8 @@ class PPO:
         if config.ema:
             update_average(self.state.tensors.values(), self.policy.parameters(), config.ema)
         metrics = {"loss": float(total + config.ptx_coef * ptx), "ppo/grad_norm": norms[""]}
-        metrics |= {"ppo/critic_grad_norm": norms["critic"]}
+        if "critic" in norms:
+            metrics["ppo/critic_grad_norm"] = norms["critic"]
         return metrics | ({"ptx/loss": float(ptx)} if self.text is not None else {}), sums
 
     @torch.no_grad()
@@ -535,9 +555,11 @@ def summarise(updates: Sequence[tuple[Metrics, Tensor]]) -> Metrics:
     figures = [metrics for metrics, _ in updates]
     metrics = {name: sum(f[name] for f in figures) / len(figures) for name in figures[0]}
     means = ops.PPOStats(sum(sums for _, sums in updates)).means()
-    same = ("policy_loss", "value_loss", "approx_kl", "ratio", "explained_variance", "entropy")
-    clips = {"clip_fraction": "clipped", "value_clip_fraction": "value_clipped"}
-    names = {name: name for name in same} | clips
+    names = {name: name for name in ("policy_loss", "approx_kl", "ratio", "entropy")}
+    names["clip_fraction"] = "clipped"
+    if "ppo/critic_grad_norm" in metrics:
+        names |= {name: name for name in ("value_loss", "explained_variance")}
+        names["value_clip_fraction"] = "value_clipped"
     return metrics | {f"ppo/{ours}": means[theirs] for ours, theirs in names.items()}
 
 
@@ -559,8 +581,10 @@ def run(config: PPOConfig, reward: RewardFunction | None = None) -> Path:
         f"--init {path} does not know where a response begins and ends: run sft on it first",
     )
     judge = make_judge(reward or config.reward, tokenizer, run.device, run.dtype)
-    critic = make_critic(judge, policy, mix(config.run.seed, CRITIC))
-    context = min(policy.config.context, critic.config.context)
+    critic, context = None, policy.config.context
+    if config.algorithm == "ppo":
+        critic = make_critic(judge, policy, mix(config.run.seed, CRITIC))
+        context = min(context, critic.config.context)
     prompts, text = read_fitting_prompts(config, tokenizer, context), None
     if config.pretrain_data:
         room = policy.config.context
@@ -568,8 +592,9 @@ def run(config: PPOConfig, reward: RewardFunction | None = None) -> Path:
         check(config.ptx_context <= room, f"--ptx-context must fit the context {room}, {found}")
         where, window = run.directory / "tokens", config.ptx_context
         text, _ = TokenStream.build(config.pretrain_data, tokenizer, where, HELD_OUT, window=window)
-    for name, (value, source) in config.from_preset().items():
-        print(f"ppo: preset {config.preset}: {name} {value} ({source})")
+    if (config.preset, config.algorithm) != ("small", "ppo"):
+        for name, (value, source) in config.sources().items():
+            print(f"ppo: preset {config.preset}: {name} {value} ({source})")
     ppo = PPO(config, policy, critic, reference, judge, tokenizer, prompts, text)
     run.start(ppo.state, config.steps)
     run.loop(ppo.iteration, show=("objective/score", "objective/kl"))

@@ -15,13 +15,14 @@ from toy_data import command_line
 
 from instructcore import cli
 from instructcore import ppo as ppo_module
-from instructcore.config import OptimConfig, RunConfig, unflatten
+from instructcore.config import OptimConfig, RunConfig, flatten, unflatten
 from instructcore.data import Prompt, TokenStream
 from instructcore.errors import UserError
 from instructcore.evaluate import Sample, make_judge
 from instructcore.generate import Completion
 from instructcore.model import GPT, ModelConfig
 from instructcore.ppo import PPO, Episodes, PPOConfig
+from instructcore.presets import ALGORITHMS, OUR_CHOICE, PRESETS
 from instructcore.tokenizer import Tokenizer
 from instructcore.train import WALL_CLOCK, learning_rate
 
@@ -55,6 +56,7 @@ def make(config: PPOConfig, *, family: str = "llama", text: TokenStream | None =
     policy, reference = model(family, **shape), model(family, **shape)
     judge = make_judge(letters, TOKENIZER, torch.device("cpu"), torch.float32)
     critic = policy.to_scalar_head(torch.Generator().manual_seed(1))
+    critic = critic if config.algorithm == "ppo" else None
     return PPO(config, policy, critic, reference, judge, TOKENIZER, prompts(), text)
 
 
@@ -180,7 +182,7 @@ def test_truncated_response_bootstraps_or_not():
     found = {}
     for bootstrap in (False, True):
         config = settings(batch=2, minibatch=1, missing_eos="none", lambda_=1.0)
-        ppo = make(replace(config, bootstrap_truncated=bootstrap))
+        ppo = make(replace(config, truncated="bootstrap" if bootstrap else "zero"))
         episodes = Episodes.of(samples, torch.device("cpu"))
         episodes.values = torch.tensor([0.0, 0.0, 10.0, 0.0, 0.0, 10.0])
         ppo.estimate(episodes, samples, torch.tensor([1.0, 1.0]))
@@ -641,33 +643,73 @@ def test_critic_without_a_reward_model_is_the_policy_under_a_new_head():
     assert critic.score.std().item() * math.sqrt(513) == pytest.approx(1.0, abs=0.15)
 
 
-def test_presets(capsys):
-    paths = dict(init="a", reward="b", prompts=("c",))
-    paper = PPOConfig(**paths, preset="instructgpt")
+PATHS = dict(init="a", reward="b", prompts=("c",))
+
+
+def test_presets():
+    paper = PPOConfig(**PATHS, preset="instructgpt")
     assert (paper.batch, paper.minibatch, paper.ptx_coef, paper.kl_coef) == (512, 64, 27.8, 0.02)
     assert paper.critic_lr == 9e-6 and paper.optim.lr == 8e-6 and paper.ema == 0.992
     assert paper.steps * paper.batch == 256_000 and paper.ptx_batch == 8 * paper.minibatch
-    mine = PPOConfig(**paths, preset="instructgpt", batch=64, optim=OptimConfig(lr=1e-3))
+    rates = [learning_rate(paper.optim, step, 500) / paper.optim.lr for step in (0, 5, 10, 499)]
+    assert rates == pytest.approx([0.1, 0.55, 1.0, 1.0])
+    mine = PPOConfig(**PATHS, preset="instructgpt", batch=64, optim=OptimConfig(lr=1e-3))
     assert mine.batch == 64 and mine.optim.lr == 1e-3 and mine.ptx_coef == 27.8
-    left = paper.from_preset().keys() - mine.from_preset().keys()
-    assert left == {"batch", "lr"} and mine.from_preset()["kl_coef"] == (0.02, "C.4")
+    assert "batch" not in mine.sources() and "lr" not in mine.sources()
+    assert mine.sources()["kl_coef"] == (0.02, "C.4")
+
+
+def test_preset_of_huang_et_al():
+    c = PPOConfig(**PATHS, preset="nplus_tldr")
+    assert (c.batch, c.minibatch, c.inner_epochs, c.steps) == (512, 512, 4, 1_000_000 // 512)
+    assert (c.optim.lr, c.critic_lr, c.optim.eps, c.kl_coef) == (3e-6, 3e-6, 1e-5, 0.05)
+    assert (c.gamma, c.lambda_, c.clip_range, c.value_clip_range) == (1.0, 0.95, 0.2, 0.2)
+    assert (c.value_coef, c.temperature, c.max_tokens, c.whiten_rewards) == (0.1, 0.7, 53, False)
+    assert (c.missing_eos, c.missing_eos_penalty, c.score_at) == ("replace", 1.0, "after_end")
+    # Their frac is 1 at the first update and 1 / updates at the last.
+    rates = [learning_rate(c.optim, step, c.steps) for step in (0, c.steps - 1)]
+    assert rates == pytest.approx([3e-6, 3e-6 / c.steps])
+
+
+def test_preset_of_ziegler_et_al():
+    c = PPOConfig(**PATHS, preset="lm_human_preferences")
+    assert (c.batch, c.minibatch, c.inner_epochs) == (512, 512, 4)
+    assert c.steps == -(-1_000_000 // 512)
+    assert (c.optim.lr, c.optim.eps, c.kl_coef, c.kl_target) == (1e-5, 1e-5, 0.15, 6.0)
+    assert (c.kl_horizon, c.gamma, c.lambda_, c.value_coef) == (10000, 1.0, 0.95, 0.1)
+    assert c.whiten_rewards and c.optim.weight_decay == c.optim.grad_clip == 0.0
+    assert learning_rate(c.optim, c.steps // 2, c.steps) == pytest.approx(0.5e-5)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_name_settings_and_say_where_from(preset):
+    """So does every algorithm; and a value in no table is marked as the project's own choice."""
+    for algorithm, table in ALGORITHMS.items():
+        config = PPOConfig(**PATHS, preset=preset, algorithm=algorithm, whiten_rewards=False,
+                           given=("whiten_rewards",))  # fmt: skip
+        now, sources = flatten(config), config.sources()
+        assert sources.keys() <= now.keys()
+        for name, (value, source) in (PRESETS[preset] | table).items():
+            if name != "whiten_rewards":
+                assert now[name] == value and sources[name] == (value, source) and source
+        unnamed = sources.keys() - PRESETS[preset].keys() - table.keys()
+        assert unnamed and all(sources[name][1] == OUR_CHOICE for name in unnamed)
 
 
 def test_presets_leave_alone_what_is_given():
     """Even at its default; a copy with another setting keeps it so."""
-    paths = dict(init="a", reward="b", prompts=("c",))
     given = {"kl_coef": 0.05, "lr": 1e-4, "export_ema": False}
-    told = unflatten(PPOConfig, {**paths, "preset": "instructgpt", **given})
+    told = unflatten(PPOConfig, {**PATHS, "preset": "instructgpt", **given})
     for config in (told, replace(told, run=RunConfig(seed=1))):
         assert (config.kl_coef, config.optim.lr, config.export_ema) == (0.05, 1e-4, False)
-        assert config.batch == 512 and not given.keys() & config.from_preset().keys()
-    config = PPOConfig(**paths, preset="instructgpt", given=("kl_coef",))
-    assert config.kl_coef == 0.05 and config.from_preset()["batch"] == (512, "C.4")
+        assert config.batch == 512 and not given.keys() & config.sources().keys()
+    config = PPOConfig(**PATHS, preset="instructgpt", given=("kl_coef",))
+    assert config.kl_coef == 0.05 and config.sources()["batch"] == (512, "C.4")
     with pytest.raises(UserError, match="given must name settings, got kl-coef"):
-        PPOConfig(**paths, given=("kl-coef",))
+        PPOConfig(**PATHS, given=("kl-coef",))
 
 
-def test_a_run_prints_what_the_preset_sets_and_no_more(folder, tmp_path, capsys):
+def test_a_run_prints_every_value_that_no_flag_sets(folder, tmp_path, capsys):
     arguments = dict(
         init=folder / "init", reward=folder / "reward", prompts=folder / "prompts.jsonl",
         out=tmp_path / "run", preset="instructgpt", steps=1, batch=4, minibatch=4, max_tokens=4,
@@ -677,7 +719,11 @@ def test_a_run_prints_what_the_preset_sets_and_no_more(folder, tmp_path, capsys)
     assert cli.main(["ppo", *flags]) == 0
     printed = capsys.readouterr().out
     assert "preset instructgpt: ptx_coef 27.8 (C.4)" in printed
+    assert "preset instructgpt: weight_decay 0.0 (our choice)" in printed
     assert not [name for name in arguments if f"preset instructgpt: {name} " in printed]
+    lines = [line.split()[3] for line in printed.splitlines() if ": preset instructgpt: " in line]
+    apart = {"algorithm", "pretrain_data", *flatten(RunConfig()), *arguments}
+    assert sorted(lines) == sorted(flatten(settings()).keys() - apart)
     saved = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
     assert saved["kl_coef"] == 0.05 and saved["ptx_coef"] == 27.8 and "given" not in saved
 
