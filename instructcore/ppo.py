@@ -472,7 +472,7 @@ class PPO:
             return float(self.config.minibatch * self.config.max_tokens)
         tokens = minibatch.sums(torch.ones_like(minibatch.advantages))
         counted = tokens if self.config.aggregate == "token" else tokens > 0
-        return counted.sum().clamp(min=1)
+        return counted.sum()
 
     def loss(self, part: Episodes, normalizer: Tensor | float) -> tuple[Tensor, ops.PPOStats]:
         """The loss of a micro-batch."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -95,7 +96,7 @@ def random_episodes(ppo: PPO, seed: int = 0) -> Episodes:
 
 
 def gradients(*models: GPT) -> torch.Tensor:
-    return torch.cat([p.grad.flatten() for m in models for p in m.parameters()])
+    return torch.cat([p.grad.flatten() for m in models if m is not None for p in m.parameters()])
 
 
 def clear(*models: GPT) -> None:
@@ -191,6 +192,116 @@ def test_truncated_response_bootstraps_or_not():
     assert found[True] == [11.0, 11.0, 0.0, 1.0, 1.0, 0.0]
 
 
+def test_dropped_responses_teach_nothing():
+    """With `drop` a response that was cut off counts in the metrics alone."""
+    samples = [sample([7], [9, 5, 3]), sample([7], [9, EOS]), sample([8], [4, EOS])]
+    found = {}
+    for truncated in ("zero", "drop"):
+        ppo = make(settings(batch=3, minibatch=3, missing_eos="none", truncated=truncated))
+        episodes = Episodes.of(samples, torch.device("cpu"))
+        with torch.no_grad():
+            episodes.old_logprobs = ppo_module.response_logprobs(ppo.policy, episodes, 1.0).logprobs
+        ppo.assess(episodes, range(3))
+        metrics = ppo.estimate(episodes, samples, torch.tensor([50.0, 1.0, 2.0]))
+        assert metrics["rollout/eos_rate"] == pytest.approx(2 / 3)
+        assert metrics["rollout/length"] == pytest.approx(7 / 3)
+        found[truncated] = episodes
+    dropped = found["drop"]
+    assert dropped.mask[:4].sum() == 0 and found["zero"].mask[:4].sum() == 3
+    # What is left is as if the response had not been drawn.
+    kept = [samples[1], samples[2]]
+    ppo = make(settings(batch=2, minibatch=2, missing_eos="none"))
+    alone = Episodes.of(kept, torch.device("cpu"))
+    alone.old_logprobs, alone.values = dropped.old_logprobs[4:], dropped.values[4:]
+    alone.ref_logprobs = dropped.ref_logprobs[4:]
+    ppo.estimate(alone, kept, torch.tensor([1.0, 2.0]))
+    torch.testing.assert_close(dropped.advantages[4:], alone.advantages)
+    torch.testing.assert_close(dropped.returns[4:], alone.returns)
+    mine = loss_and_gradient(ppo, dropped, [0, 1, 2])
+    assert_same_update(loss_and_gradient(ppo, alone, [0, 1]), mine)
+    # With nothing left there is nothing to learn, and no 0 / 0.
+    dropped.mask, dropped.states = dropped.mask & False, dropped.states & False
+    loss, gradient = loss_and_gradient(ppo, dropped, [0, 1, 2])
+    assert loss == 0.0 and not gradient.any()
+
+
+def test_score_at_the_last_token_or_after_the_end():
+    """After the end, the state behind EOS has a value of its own and takes the score (N+)."""
+    samples = [sample([7, 8], [9, EOS]), sample([7], [9, 5])]  # the second was cut off
+    values = [0.0, 0.5, 1.0, 4.0, 0.25, 2.0, 9.0]
+    config = dict(batch=2, minibatch=2, missing_eos="none", kl_coef=0.5, lambda_=0.5, gamma=1.0)
+    found = {}
+    for place in ("last", "after_end"):
+        ppo = make(settings(score_at=place, **config))
+        e = found[place] = Episodes.of(samples, torch.device("cpu"))
+        e.values = torch.tensor(values)
+        e.old_logprobs = torch.tensor([0.0, -1.0, -2.0, 0.0, -1.0, -1.0, 0.0])
+        e.ref_logprobs = torch.tensor([0.0, -3.0, -2.0, 0.0, -1.0, -1.0, 0.0])
+        metrics = ppo.estimate(e, samples, torch.tensor([3.0, 6.0]))
+        assert metrics["objective/reward"] == pytest.approx((-1.0 + 3.0 + 6.0) / 2)
+    # The first response: KL penalties −1 and 0. At the last token: δ = −1 + 1 − 0.5, 3 + 0 − 1;
+    # A = −0.5 + 0.5 · 2, 2. After the end: δ = −0.5, 0 + 4 − 1, 3 + 0 − 4; A backwards −1,
+    # 3 − 0.5, −0.5 + 0.5 · 2.5. The second, cut off, has its score at its last token either way:
+    # δ = 0 + 2 − 0.25, 6 − 2; A = 1.75 + 0.5 · 4, 4.
+    raw = {"last": [0.5, 2.0, 3.75, 4.0], "after_end": [0.75, 2.5, 3.75, 4.0]}
+    for place, e in found.items():
+        a, mask = torch.tensor(raw[place]), e.mask
+        torch.testing.assert_close(e.returns[mask], a + torch.tensor(values)[mask])
+        white = (a - a.mean()) / (a.var(correction=0) + 1e-8).sqrt()
+        torch.testing.assert_close(e.advantages[mask], white)
+        assert not e.advantages[~mask].any()
+    after = found["after_end"]
+    assert (after.states != after.mask).nonzero().tolist() == [[3]]
+    assert after.returns[3] == -1.0 + 4.0 and found["last"].returns[3] == 0.0
+    assert torch.equal(found["last"].states, found["last"].mask)
+
+
+@pytest.mark.parametrize("place", ["last", "after_end"])
+def test_values_learn_at_the_states_that_count(place, monkeypatch):
+    """A value's gradient is at the position before each token, and behind an end if it has a score.
+
+    No token's probability is learnt behind an end.
+    """
+    ppo, seen = make(settings(score_at=place)), []
+    e, plain = random_episodes(ppo), ppo_module.state_values
+
+    def look(critic, part):
+        seen.append(plain(critic, part))
+        seen[-1].retain_grad()
+        return seen[-1]
+
+    monkeypatch.setattr(ppo_module, "state_values", look)
+    ppo.loss(e, 1.0)[0].backward()
+    starts = zip(e.starts[:-1], random_samples(8), strict=True)
+    first = [start + len(s.prompt_ids) - 1 for start, s in starts]
+    last = [end - 1 + (place == "after_end" and bool(i % 2)) for i, end in enumerate(e.starts[1:])]
+    learnt = torch.zeros(len(e.mask), dtype=torch.bool)
+    for a, b in zip(first, last, strict=True):
+        learnt[a:b] = True
+    assert torch.equal(seen[0].grad != 0, learnt)
+    assert not e.advantages[~e.mask].any()
+
+
+def test_observed_tokens_carry_value_and_advantage_through():
+    """Tokens that others wrote between two turns of a response: as if they were not there."""
+    found = []
+    for response in ([9, 5, 3, EOS], [9, 5, 70, 71, 72, 3, EOS]):
+        ppo = make(settings(batch=1, minibatch=1, lambda_=0.5, gamma=0.9))
+        episodes = Episodes.of([sample([7], response)], torch.device("cpu"))
+        said = torch.ones_like(episodes.mask)
+        if len(response) > 4:
+            said[2:5] = False  # the positions that predict 70, 71 and 72
+        episodes.mask = episodes.mask & said
+        episodes.values = torch.full(said.shape, 77.0)
+        episodes.values[episodes.mask] = torch.tensor([0.5, 0.25, 1.0, -1.0])
+        episodes.ref_logprobs[episodes.mask] = torch.tensor([0.1, 0.2, 0.3, 0.4])
+        ppo.estimate(episodes, [sample([7], response)], torch.tensor([2.0]))
+        assert not episodes.returns[~episodes.mask].any()
+        found.append((episodes.advantages[episodes.mask], episodes.returns[episodes.mask]))
+    assert_same_bits(found[0][0], found[1][0])
+    assert_same_bits(found[0][1], found[1][1])
+
+
 def test_rewards_are_clipped_and_whitened_as_told():
     """Without values, the return of a last token is its reward."""
     samples = random_samples(8)
@@ -243,6 +354,136 @@ def test_loss_is_the_papers(changes):
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
 
 
+# ---- Without a critic
+
+GROUPS = {
+    "grpo": lambda r: (r - r.mean()) / (r.std() + 1e-4),
+    "dr_grpo": lambda r: r - r.mean(),
+    "rloo": lambda r: torch.stack(
+        [x - (r.sum() - x) / (len(r) - 1) for x in r]  # the others' mean
+    ),
+}
+
+
+def test_group_advantages_by_hand():
+    scores = torch.tensor([1.0, 3.0, 2.0, 2.0])
+    found = {name: ppo_module.group_advantages(scores, 2, name).tolist() for name in GROUPS}
+    root = 2**0.5 + 1e-4  # of the variance with 2 − 1 in the denominator
+    assert found["grpo"] == pytest.approx([-1 / root, 1 / root, 0, 0])
+    assert found["dr_grpo"] == [-1.0, 1.0, 0.0, 0.0]
+    assert found["rloo"] == [-2.0, 2.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("changes", [{}, {"reward_clip": 0.5}, {"missing_eos": "replace"}], ids=str)
+@pytest.mark.parametrize("algorithm", GROUPS)
+def test_group_algorithms_are_the_papers(algorithm, changes):
+    """Advantage, KL term and average of each, against its formula in float64."""
+    settled = dict(group_size=4, kl_coef=0.3, max_tokens=9, minibatch=8) | changes
+    ppo = make(settings(algorithm=algorithm, **settled))
+    config, samples = ppo.config, random_samples(8)
+    generator = torch.Generator().manual_seed(3)
+    scores = torch.randn(8, generator=generator)
+    e = Episodes.of(samples, torch.device("cpu"))
+    ppo.assess(e, range(8))
+    noise = [0.3 * torch.randn(e.mask.shape, generator=generator) * e.mask for _ in range(2)]
+    logits = ppo.policy(e.tokens, e.cu_seqlens).detach()
+    logprobs = logits.double().log_softmax(-1).gather(1, e.targets.clamp(min=0)[:, None])[:, 0]
+    e.old_logprobs = (logprobs.float() + noise[0]) * e.mask
+    e.ref_logprobs = (logprobs.float() + noise[1]) * e.mask
+    metrics = ppo.estimate(e, samples, scores)
+    with torch.no_grad():
+        loss, _ = ppo.loss(e, ppo.normalizer(e))
+
+    old, ref, rows = e.old_logprobs.double(), e.ref_logprobs.double(), []
+    for row, s in enumerate(samples):
+        begin = e.starts[row] + len(s.prompt_ids) - 1
+        rows.append(slice(begin, e.starts[row + 1] - 1))
+    r = scores.double()
+    ended = torch.tensor([i % 2 == 1 for i in range(8)])
+    if changes.get("missing_eos") == "replace":
+        r = torch.where(ended, r, -1.0)
+    else:
+        r = torch.where(ended, r, r - 1.0)
+    if "reward_clip" in changes:
+        r = r.clamp(-0.5, 0.5)
+    if algorithm == "rloo":
+        r = r - 0.3 * torch.stack([(old - ref)[row].sum() for row in rows])
+    assert metrics["objective/reward"] == pytest.approx(r.mean().item(), rel=1e-5)
+    a = torch.cat([GROUPS[algorithm](r[:4]), GROUPS[algorithm](r[4:])])
+    total = torch.zeros((), dtype=torch.float64)
+    for i, row in enumerate(rows):
+        torch.testing.assert_close(e.advantages[row].double(), a[i].expand(row.stop - row.start))
+        ratio = (logprobs[row] - old[row]).exp()
+        terms = -torch.minimum(ratio * a[i], ratio.clamp(0.8, 1.2) * a[i])
+        if algorithm != "rloo":
+            d = ref[row] - logprobs[row]
+            terms = terms + 0.3 * (d.exp() - d - 1)
+        total += terms.mean() / 8 if algorithm == "grpo" else terms.sum() / (8 * 9)
+    assert config.kl_in == ("reward" if algorithm == "rloo" else "loss")
+    torch.testing.assert_close(loss.double(), total, rtol=1e-5, atol=1e-6)
+
+
+def test_a_group_answers_one_prompt():
+    """K responses side by side, each drawn on its own; a step has batch / K prompts."""
+    ppo = make(settings(algorithm="rloo", group_size=4))
+    samples = ppo.rollout(0)
+    numbers = [s.prompt.record["number"] for s in samples]
+    assert len(samples) == 8 and numbers[:4] == [numbers[0]] * 4 and numbers[4:] == [numbers[4]] * 4
+    assert numbers[0] != numbers[4]
+    assert len({tuple(s.completion.token_ids) for s in samples}) == 8
+    assert [s.sequence for s in ppo.rollout(0)] == [s.sequence for s in samples]
+    after = {s.prompt.record["number"] for s in ppo.rollout(1)}
+    assert after.isdisjoint(numbers)
+
+
+# ---- What the loss is divided by, and weighed with
+
+
+@pytest.mark.parametrize("aggregate", ["token", "sequence", "constant"])
+def test_aggregation(aggregate):
+    """Means over tokens, of the sequences' means, or over a fixed budget: of one policy loss."""
+    ppo = make(settings(aggregate=aggregate, value_coef=0.0, clip_range=1e3, minibatch=8))
+    e = random_episodes(ppo)
+    e.mask[: e.starts[1]] = e.states[: e.starts[1]] = False  # one response is dropped
+    with torch.no_grad():
+        loss, _ = ppo.loss(e, ppo.normalizer(e))
+        logits = ppo.policy(e.tokens, e.cu_seqlens).double().log_softmax(-1)
+    ratio = (logits.gather(1, e.targets.clamp(min=0)[:, None])[:, 0] - e.old_logprobs).exp()
+    terms = torch.where(e.mask, -ratio * e.advantages, 0)
+    spans = [slice(*span) for span in itertools.pairwise(e.starts[1:])]
+    rows, counts = [terms[s] for s in spans], [int(e.mask[s].sum()) for s in spans]
+    expected = {
+        "token": terms.sum() / sum(counts),
+        "sequence": sum(row.sum() / n for row, n in zip(rows, counts, strict=True)) / 7,
+        "constant": terms.sum() / (8 * ppo.config.max_tokens),
+    }[aggregate]
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_importance_correction_where_generator_and_trainer_differ():
+    """min(π / generator's π, cap) weighs the policy loss; π and not the generator's is the old."""
+    ppo = make(settings(importance_cap=2.0, value_coef=0.0, minibatch=8))
+    samples = ppo.rollout(0)
+    true = Episodes.of(samples, torch.device("cpu")).old_logprobs
+    told = [math.log(1.5), math.log(4.0), math.log(0.5)]
+    for s in samples:
+        for i, off in enumerate(told[: len(s.completion.sampled_logprobs)]):
+            s.completion.sampled_logprobs[i] -= off
+    e = Episodes.of(samples, torch.device("cpu"))
+    metrics = ppo.assess(e, range(8))
+    assert metrics["ppo/logprob_mismatch"] == pytest.approx(math.log(4.0), rel=1e-5)
+    assert_same_bits(e.old_logprobs, true)
+    first = e.weights[e.mask.nonzero()[0] + torch.arange(3)]
+    assert first.tolist() == pytest.approx([1.5, 2.0, 0.5], rel=1e-5)
+    assert e.weights[~e.mask].eq(1).all()
+    ppo.estimate(e, samples, torch.arange(8.0))
+    loss, _ = ppo.loss(e, ppo.normalizer(e))
+    expected = -(e.weights * e.advantages)[e.mask].mean()  # the ratios are 1
+    torch.testing.assert_close(loss.detach(), expected)
+    uncorrected = make(settings())
+    assert "ppo/logprob_mismatch" not in uncorrected.iteration(0)
+
+
 # ---- Exactness before the first update
 
 
@@ -273,6 +514,23 @@ def test_step_zero_is_exact(family, micro_batch):
         means = stats.means()
         assert means["ratio"] == 1.0 and means["count"] == part.mask.sum()
         assert means["approx_kl"] == means["clipped"] == means["value_clipped"] == 0.0
+
+
+def test_rollouts_are_from_the_whole_distribution(monkeypatch):
+    seen = []
+
+    def look(model, tokenizer, prompts, params, marked):
+        seen.append(params)
+        return plain(model, tokenizer, prompts, params, marked)
+
+    plain = ppo_module.sample_responses
+    monkeypatch.setattr(ppo_module, "sample_responses", look)
+    ppo = make(settings(temperature=0.7))
+    ppo.rollout(0)
+    (p,) = seen
+    assert (p.temperature, p.top_p, p.top_k, p.min_p) == (0.7, 1.0, 0, 0.0)
+    assert (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) == (1.0, 0.0, 0.0)
+    assert not p.logit_bias and p.allowed_token_ids is None and not p.ignore_eos
 
 
 def test_the_policy_has_no_forward_beside_rollouts_and_updates(monkeypatch):
@@ -358,9 +616,19 @@ def assert_same_update(a, b):
     assert (gradient_a - gradient_b).norm() <= 1e-5 * gradient_a.norm()
 
 
-def test_micro_batches_add_up(text):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"aggregate": "sequence"},
+        {"aggregate": "constant", "score_at": "after_end"},
+        {"algorithm": "grpo", "group_size": 4, "truncated": "drop"},
+    ],
+    ids=str,
+)
+def test_micro_batches_add_up(text, changes):
     """Policy, critic and pre-training mix: the split of a minibatch changes nothing."""
-    whole = make(settings(minibatch=8, ptx_batch=4, ptx_context=16), text=text)
+    whole = make(settings(minibatch=8, ptx_batch=4, ptx_context=16, **changes), text=text)
     episodes = random_episodes(whole)
     expected = loss_and_gradient(whole, episodes, list(range(8)))
     for size in (1, 2, 4):
@@ -584,15 +852,36 @@ def test_run_raises_a_simple_reward(folder, tmp_path):
     assert (final / "model.safetensors").exists() and (final / "critic").is_dir()
 
 
+@pytest.mark.parametrize("algorithm", GROUPS)
+def test_run_without_a_critic(folder, tmp_path, algorithm, capsys):
+    """It learns; no critic is built, saved or reported."""
+    changes = dict(
+        algorithm=algorithm, group_size=4, steps=10, batch=32, minibatch=8, inner_epochs=2,
+        max_tokens=4, kl_coef=0.01, missing_eos="none", ema=0.0,
+        optim=replace(settings().optim, lr=2e-2),
+    )  # fmt: skip
+    final = ppo_module.run(whole(folder, tmp_path / "run", **changes), letters)
+    metrics = metrics_of(tmp_path / "run")
+    scores = [m["objective/score"] for m in metrics]
+    assert scores[-1] > scores[0] + 0.3, scores
+    assert not (final / "critic").exists()
+    assert sorted(files_of(final)) == ["model.safetensors", "state/optimizer.safetensors"]
+    assert not [name for name in metrics[0] if "value" in name or "critic" in name]
+    assert metrics[0]["objective/kl"] == 0.0
+    assert f"aggregate {ALGORITHMS[algorithm]['aggregate'][0]} (" in capsys.readouterr().out
+
+
 class Killed(Exception):
     pass
 
 
-def test_resumed_run_equals_an_uninterrupted_one(folder, tmp_path):
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_resumed_run_equals_an_uninterrupted_one(folder, tmp_path, algorithm):
     """Policy, critic, both optimisers, averages, KL coefficient and metrics, bit for bit."""
     changes = dict(
         steps=5, inner_epochs=2, kl_target=0.5, reward=str(folder / "reward"),
         pretrain_data=(str(folder / "text.txt"),), ptx_batch=2, ptx_context=16,
+        algorithm=algorithm, group_size=4 if algorithm == "grpo" else 1,
     )  # fmt: skip
     whole_run = ppo_module.run(whole(folder, tmp_path / "a", **changes))
 
@@ -608,7 +897,7 @@ def test_resumed_run_equals_an_uninterrupted_one(folder, tmp_path):
             ppo_module.run(whole(folder, tmp_path / "b", **changes))
     resumed = ppo_module.run(whole(folder, tmp_path / "b", run={"resume": True}, **changes))
     a, b = files_of(whole_run), files_of(resumed)
-    assert sorted(a) == sorted(b) and len(a) >= 5
+    assert sorted(a) == sorted(b) and len(a) == (5 if algorithm == "ppo" else 3)
     assert [name for name in a if a[name] != b[name]] == []
     assert metrics_of(tmp_path / "a") == metrics_of(tmp_path / "b")
     states = [json.loads((p / "state" / "trainer.json").read_text()) for p in (whole_run, resumed)]
@@ -745,6 +1034,10 @@ def test_a_run_prints_every_value_that_no_flag_sets(folder, tmp_path, capsys):
         ({"ema": 0.0, "export_ema": True}, "--export-ema needs --ema"),
         ({"prompts": ()}, "--prompts is missing"),
         ({"reward": "gold"}, "--reward gold: PPO never sees the rule"),
+        ({"group_size": 3}, "--group-size must divide --batch, got 3 and 8"),
+        ({"algorithm": "grpo", "group_size": 1, "given": ("group_size",)}, "--group-size above 1"),
+        ({"algorithm": "rloo", "truncated": "bootstrap"}, "rloo has no critic: --truncated zero"),
+        ({"algorithm": "grpo", "whiten_rewards": True}, "grpo has no rewards per token"),
     ],
 )
 def test_rejects_settings(changes, message):
