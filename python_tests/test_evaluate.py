@@ -165,6 +165,7 @@ def test_function_named_on_the_command_line(tmp_path, monkeypatch):
             make_judge(name, TOKENIZER, CPU, torch.float32)
 
 
+@pytest.mark.checklist(7)
 def test_reward_model_scores_at_the_last_token(tmp_path):
     """Of prompt, marker, response and its end; the batch and its order do not matter."""
     scorer = model().to_scalar_head()
@@ -238,6 +239,21 @@ def test_table_and_json(folder, tmp_path, capsys):
     saved = json.loads((tmp_path / "found.json").read_text())
     assert saved["n"] == 8 and saved["rows"][1]["score"]["mean"] == second["score"].mean
     assert "win rate" in capsys.readouterr().out
+
+
+@pytest.mark.checklist(38)
+def test_evaluation_is_greedy(folder, monkeypatch):
+    """Unless asked otherwise; but the KL is an expectation, over samples at temperature 1."""
+    seen = []
+
+    def look(model, tokenizer, prompts, params):
+        seen.append(params.temperature)
+        return sample_responses(model, tokenizer, prompts, params)
+
+    monkeypatch.setattr(evaluate, "sample_responses", look)
+    names, data = (str(folder / "a"), str(folder / "b")), str(folder / "pairs.jsonl")
+    evaluate.run(EvalConfig(checkpoints=names, data=data, max_tokens=3, seed=0), judge=spread)
+    assert seen == [0.0, 0.0, 1.0]
 
 
 def plain_loss(prompt_ids) -> float:

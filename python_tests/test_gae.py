@@ -29,6 +29,7 @@ def inputs(shape, dtype=torch.float32, device="cpu"):
     return rewards, values, mask, dones, bootstrap
 
 
+@pytest.mark.checklist(14)
 def test_known_values():
     # gamma = 0.5, lambda = 0.5, V(T) = 0, backwards:
     # t=2: delta = 3 + 0.5*0 - 1 = 2,      A = 2
@@ -137,6 +138,7 @@ def test_deterministic(device, threads):
             assert_same_bits(a, b)
 
 
+@pytest.mark.checklist(13)
 def test_identities(device, backend):
     rewards, values, _, _, _ = inputs((4, 50), device=device)
     # lambda = 1, gamma = 1: the return is the sum of the rewards to come.

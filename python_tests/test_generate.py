@@ -96,6 +96,7 @@ def test_untruncated_sampled_logprobs_are_the_raw_ones(model):
     assert done.sampled_logprobs == done.logprobs
 
 
+@pytest.mark.checklist(2)
 @pytest.mark.parametrize(
     "limits",
     [
@@ -138,6 +139,7 @@ def test_seeds(model):
     assert free[0] != free[1]
 
 
+@pytest.mark.checklist(7)
 def test_ends(model):
     prompt = [5, 6, 7]
     long = complete(model, prompt, seed=2, max_tokens=60)

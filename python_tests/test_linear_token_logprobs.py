@@ -102,6 +102,24 @@ def test_gradients(device, dtype, shape, workspace, entropy, kept):
     assert ours[0][~mask].eq(0).all()
 
 
+@pytest.mark.bug("slime#1951")
+@pytest.mark.parametrize("budget", [1 << 17, 1 << 20])
+def test_workspace(peak, budget):
+    """The logits, 3 MB, never exist at once: not forward, and not backward."""
+    hidden, weight, _, targets, _ = inputs((500, 1515, 64))
+    few = 64 * len(targets)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+
+    def forward():
+        return linear_token_logprobs(hidden, weight, targets, max_workspace_bytes=budget)
+
+    with torch.no_grad():
+        held, _ = peak(forward)
+    assert held <= budget + few
+    held, grads = peak(lambda: torch.autograd.grad(forward().logprobs.sum(), leaves))
+    assert held <= budget + few + sum(4 * g.numel() for g in grads)
+
+
 @pytest.mark.parametrize("workspace", [None, SMALL], ids=["whole", "chunks"])
 def test_deterministic(device, dtype, workspace, threads):
     *leaves, targets, temperature = inputs((200, 1025, 24), dtype, device)

@@ -282,6 +282,7 @@ def test_frozen_sees_updates_outside():
         assert not torch.equal(model.hidden(tokens, cu_seqlens), before)
 
 
+@pytest.mark.checklist(27)
 def test_initialisation_is_a_function_of_the_generator():
     def weights(seed):
         return GPT(tiny(), generator=torch.Generator().manual_seed(seed)).state_dict()

@@ -115,6 +115,7 @@ def text(tmp_path) -> TokenStream:
 # ---- The formulas, by hand
 
 
+@pytest.mark.checklist(10)
 def test_adaptive_kl_coefficient():
     config = settings(kl_target=6.0, batch=128)
     # Within ±20 % the error counts as it is, beyond that as 20 %.
@@ -123,6 +124,8 @@ def test_adaptive_kl_coefficient():
     assert ppo_module.adaptive_kl_coef(config, 0.1, 0.0) == pytest.approx(0.1 * (1 - 0.2 * 0.0128))
 
 
+@pytest.mark.checklist(6)
+@pytest.mark.bug("safe-rlhf#71")
 def test_missing_eos_in_both_forms():
     scores, ended = torch.tensor([2.0, 3.0]), torch.tensor([True, False])
     penalise = ppo_module.penalise_missing_eos
@@ -137,6 +140,7 @@ def test_average_of_weights():
     assert average[0].tolist() == [1.5, 0.25]
 
 
+@pytest.mark.checklist(3)
 def test_layout():
     """Position p predicts token p + 1: a response's mask begins at the prompt's last token."""
     e = Episodes.of([sample([7, 8], [9, EOS]), sample([5], [6, 4, 3])], torch.device("cpu"))
@@ -150,6 +154,8 @@ def test_layout():
     assert e.take([1]).tokens.tolist() == [5, 6, 4, 3]
 
 
+@pytest.mark.checklist(9, 13, 18, 33)
+@pytest.mark.bug("ROLL#447")
 def test_rewards_advantages_and_returns_by_hand():
     ppo = make(settings(batch=1, minibatch=1, kl_coef=9.0, gamma=1.0, lambda_=0.5))
     ppo.state.extra["kl_coef"] = 0.1  # as it has adapted
@@ -177,6 +183,7 @@ def test_rewards_advantages_and_returns_by_hand():
     assert metrics["rollout/length"] == 3.0
 
 
+@pytest.mark.checklist(14, 16)
 def test_truncated_response_bootstraps_or_not():
     """A response cut off: the state after its last token is worth V, or nothing."""
     samples = [sample([7], [9, 5]), sample([7], [9, EOS])]
@@ -192,6 +199,7 @@ def test_truncated_response_bootstraps_or_not():
     assert found[True] == [11.0, 11.0, 0.0, 1.0, 1.0, 0.0]
 
 
+@pytest.mark.checklist(16)
 def test_dropped_responses_teach_nothing():
     """With `drop` a response that was cut off counts in the metrics alone."""
     samples = [sample([7], [9, 5, 3]), sample([7], [9, EOS]), sample([8], [4, EOS])]
@@ -225,6 +233,7 @@ def test_dropped_responses_teach_nothing():
     assert loss == 0.0 and not gradient.any()
 
 
+@pytest.mark.checklist(8)
 def test_score_at_the_last_token_or_after_the_end():
     """After the end, the state behind EOS has a value of its own and takes the score (N+)."""
     samples = [sample([7, 8], [9, EOS]), sample([7], [9, 5])]  # the second was cut off
@@ -256,6 +265,8 @@ def test_score_at_the_last_token_or_after_the_end():
     assert torch.equal(found["last"].states, found["last"].mask)
 
 
+@pytest.mark.checklist(3)
+@pytest.mark.bug("verl#1758")
 @pytest.mark.parametrize("place", ["last", "after_end"])
 def test_values_learn_at_the_states_that_count(place, monkeypatch):
     """A value's gradient is at the position before each token, and behind an end if it has a score.
@@ -282,6 +293,7 @@ def test_values_learn_at_the_states_that_count(place, monkeypatch):
     assert not e.advantages[~e.mask].any()
 
 
+@pytest.mark.checklist(15)
 def test_observed_tokens_carry_value_and_advantage_through():
     """Tokens that others wrote between two turns of a response: as if they were not there."""
     found = []
@@ -302,6 +314,7 @@ def test_observed_tokens_carry_value_and_advantage_through():
     assert_same_bits(found[0][1], found[1][1])
 
 
+@pytest.mark.checklist(11, 12)
 def test_rewards_are_clipped_and_whitened_as_told():
     """Without values, the return of a last token is its reward."""
     samples = random_samples(8)
@@ -320,6 +333,7 @@ def test_rewards_are_clipped_and_whitened_as_told():
         assert metrics["objective/score"] == pytest.approx(0.0, abs=1e-6)  # the raw one
 
 
+@pytest.mark.checklist(20, 21)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -374,6 +388,7 @@ def test_group_advantages_by_hand():
     assert found["rloo"] == [-2.0, 2.0, 0.0, 0.0]
 
 
+@pytest.mark.checklist(9)
 @pytest.mark.parametrize("changes", [{}, {"reward_clip": 0.5}, {"missing_eos": "replace"}], ids=str)
 @pytest.mark.parametrize("algorithm", GROUPS)
 def test_group_algorithms_are_the_papers(algorithm, changes):
@@ -439,6 +454,7 @@ def test_a_group_answers_one_prompt():
 # ---- What the loss is divided by, and weighed with
 
 
+@pytest.mark.checklist(23)
 @pytest.mark.parametrize("aggregate", ["token", "sequence", "constant"])
 def test_aggregation(aggregate):
     """Means over tokens, of the sequences' means, or over a fixed budget: of one policy loss."""
@@ -460,6 +476,7 @@ def test_aggregation(aggregate):
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.checklist(32)
 def test_importance_correction_where_generator_and_trainer_differ():
     """min(π / generator's π, cap) weighs the policy loss; π and not the generator's is the old."""
     ppo = make(settings(importance_cap=2.0, value_coef=0.0, minibatch=8))
@@ -487,6 +504,7 @@ def test_importance_correction_where_generator_and_trainer_differ():
 # ---- Exactness before the first update
 
 
+@pytest.mark.checklist(34)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 @pytest.mark.parametrize("micro_batch", [0, 1, 2])
 def test_step_zero_is_exact(family, micro_batch):
@@ -516,6 +534,7 @@ def test_step_zero_is_exact(family, micro_batch):
         assert means["approx_kl"] == means["clipped"] == means["value_clipped"] == 0.0
 
 
+@pytest.mark.checklist(5)
 def test_rollouts_are_from_the_whole_distribution(monkeypatch):
     seen = []
 
@@ -533,6 +552,7 @@ def test_rollouts_are_from_the_whole_distribution(monkeypatch):
     assert not p.logit_bias and p.allowed_token_ids is None and not p.ignore_eos
 
 
+@pytest.mark.checklist(32)
 def test_the_policy_has_no_forward_beside_rollouts_and_updates(monkeypatch):
     """Unless told to check: then on the micro-batches of the first epoch."""
     plain = ppo_module.response_logprobs
@@ -573,6 +593,7 @@ def test_strict_stops_at_the_first_token_that_differs(monkeypatch):
         assert_same_bits(old, p.detach())
 
 
+@pytest.mark.checklist(34)
 def test_first_iteration_reports_exactness():
     """With one minibatch per iteration the metrics themselves show it."""
     ppo = make(settings(minibatch=8, micro_batch=2))
@@ -582,6 +603,8 @@ def test_first_iteration_reports_exactness():
     assert ppo.iteration(1)["objective/kl"] != 0.0
 
 
+@pytest.mark.checklist(4)
+@pytest.mark.bug("TRL#417")
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
 def test_one_temperature_everywhere(temperature):
     """Rollouts, old, new and reference log-probs; so the KL begins at 0 whatever it is."""
@@ -616,6 +639,8 @@ def assert_same_update(a, b):
     assert (gradient_a - gradient_b).norm() <= 1e-5 * gradient_a.norm()
 
 
+@pytest.mark.checklist(22)
+@pytest.mark.bug("verl#6957")
 @pytest.mark.parametrize(
     "changes",
     [
@@ -643,6 +668,7 @@ def test_order_of_rows_does_not_matter():
     assert_same_update(expected, loss_and_gradient(ppo, episodes, [5, 2, 7, 0, 1, 6, 4, 3]))
 
 
+@pytest.mark.checklist(2)
 def test_each_prompt_is_as_if_alone():
     """Packing: a row's log-probs and values do not depend on its neighbours."""
     ppo = make(settings())
@@ -658,6 +684,7 @@ def test_each_prompt_is_as_if_alone():
             torch.testing.assert_close(lone_values, values[index], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.checklist(3)
 def test_value_is_of_the_state_before_the_token():
     ppo = make(settings())
     before = Episodes.of([sample([1, 2, 3], [10, 11, 12])], torch.device("cpu"))
@@ -670,6 +697,7 @@ def test_value_is_of_the_state_before_the_token():
     assert not torch.allclose(a[at + 1 :], b[at + 1 :])
 
 
+@pytest.mark.checklist(31, 39)
 def test_batch_algebra():
     """Every episode is in one minibatch per epoch, in an order fresh for each epoch and step."""
     ppo = make(settings(inner_epochs=3))
@@ -679,6 +707,7 @@ def test_batch_algebra():
     assert ppo.order(1, 2) == orders[5]
 
 
+@pytest.mark.checklist(39)
 def test_rollouts_depend_on_seed_and_step_alone():
     ppo = make(settings())
     first, second = ppo.rollout(0), ppo.rollout(1)
@@ -695,6 +724,7 @@ def test_rollouts_depend_on_seed_and_step_alone():
 # ---- Updates
 
 
+@pytest.mark.checklist(36)
 def test_pretraining_mix_is_a_backward_of_its_own(text):
     """The gradient is PPO's plus ptx_coef times that of the mean loss per token of text."""
     config = settings(minibatch=8, ptx_batch=4, ptx_context=16, ptx_coef=2.5)
@@ -714,6 +744,7 @@ def test_pretraining_mix_is_a_backward_of_its_own(text):
     assert (both - expected).norm() <= 1e-5 * expected.norm()
 
 
+@pytest.mark.checklist(25, 30)
 def test_update_uses_two_optimisers_with_their_own_rates(monkeypatch):
     seen = []
 
@@ -734,6 +765,7 @@ def test_update_uses_two_optimisers_with_their_own_rates(monkeypatch):
     assert policy.optim.eps == 1e-5 and (policy.optim.beta1, policy.optim.beta2) == (0.9, 0.95)
 
 
+@pytest.mark.checklist(26)
 def test_learning_rate_of_the_paper():
     """Constant, after ten iterations of warm-up from a tenth."""
     optim = PPOConfig(init="a", reward="b", prompts=("c",)).optim
@@ -741,18 +773,23 @@ def test_learning_rate_of_the_paper():
     assert rates == pytest.approx([0.1, 0.55, 1.0, 1.0])
 
 
-def test_reference_is_frozen_and_dropout_off(text):
+@pytest.mark.checklist(24, 35)
+def test_reference_is_frozen_and_dropout_off(text, tmp_path):
     ppo = make(settings(ptx_batch=4, ptx_context=16), text=text, dropout=0.3)
+    model(dropout=0.3).to_scalar_head().save(tmp_path / "judge", TOKENIZER)
+    ppo.judge = make_judge(str(tmp_path / "judge"), TOKENIZER, torch.device("cpu"), torch.float32)
+    assert ppo.judge.model.config.dropout == 0.3
     before = {name: p.clone() for name, p in ppo.reference.state_dict().items()}
     policy = [p.detach().clone() for p in ppo.policy.parameters()]
     ppo.iteration(0)
     for name, p in ppo.reference.state_dict().items():
         assert_same_bits(p, before[name], name)
     assert all(p.grad is None for p in ppo.reference.parameters())
-    assert not any(m.training for m in (ppo.policy, ppo.critic, ppo.reference))
+    assert not any(m.training for m in (ppo.policy, ppo.critic, ppo.reference, ppo.judge.model))
     assert all(not torch.equal(a, b) for a, b in zip(policy, ppo.policy.parameters(), strict=True))
 
 
+@pytest.mark.checklist(19)
 def test_non_finite_gradient_is_skipped_and_counted(monkeypatch):
     ppo = make(settings())
     episodes, plain = random_episodes(ppo), ppo.loss
@@ -770,6 +807,7 @@ def test_non_finite_gradient_is_skipped_and_counted(monkeypatch):
         assert_same_bits(a, b.detach())
 
 
+@pytest.mark.checklist(10)
 def test_kl_coefficient_is_fixed_or_adapts():
     fixed, adaptive = make(settings()), make(settings(kl_target=1.0))
     for ppo in (fixed, adaptive):
@@ -778,6 +816,7 @@ def test_kl_coefficient_is_fixed_or_adapts():
     assert adaptive.state.extra["kl_coef"] == 0.05 * (1 - 0.2 * 8 / 1e4)  # the KL is 0 at first
 
 
+@pytest.mark.checklist(37)
 def test_average_follows_every_update_and_is_exported():
     ppo = make(settings(ema=0.9))
     expected = {n: p.detach().clone() for n, p in ppo.policy.named_parameters()}
@@ -795,6 +834,7 @@ def test_average_follows_every_update_and_is_exported():
     assert not make(settings(ema=0.0)).state.tensors
 
 
+@pytest.mark.checklist(33)
 def test_statistics_are_masked():
     """Means over the responses' tokens of the iteration, whatever lies around them."""
     ppo = make(settings())
@@ -875,6 +915,8 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.checklist(40)
+@pytest.mark.bug("NeMo-RL#3171")
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
 def test_resumed_run_equals_an_uninterrupted_one(folder, tmp_path, algorithm):
     """Policy, critic, both optimisers, averages, KL coefficient and metrics, bit for bit."""
@@ -904,6 +946,7 @@ def test_resumed_run_equals_an_uninterrupted_one(folder, tmp_path, algorithm):
     assert states[0] == states[1] and states[0]["extra"]["kl_coef"] != 0.05
 
 
+@pytest.mark.checklist(37)
 def test_final_is_the_average_when_asked(folder, tmp_path):
     from instructcore.model import load
 
@@ -915,6 +958,7 @@ def test_final_is_the_average_when_asked(folder, tmp_path):
     assert 0 < moved[1] < moved[0]
 
 
+@pytest.mark.checklist(30)
 def test_critic_begins_as_the_reward_model(folder):
     policy, cpu = model(), torch.device("cpu")
     judge = make_judge(str(folder / "reward"), TOKENIZER, cpu, torch.float32)
@@ -924,6 +968,7 @@ def test_critic_begins_as_the_reward_model(folder):
         assert a.requires_grad and not b.requires_grad and a.data_ptr() != b.data_ptr()
 
 
+@pytest.mark.checklist(27)
 def test_critic_without_a_reward_model_is_the_policy_under_a_new_head():
     policy = model(width=512, heads=8)
     judge = make_judge(letters, TOKENIZER, torch.device("cpu"), torch.float32)
@@ -935,10 +980,12 @@ def test_critic_without_a_reward_model_is_the_policy_under_a_new_head():
 PATHS = dict(init="a", reward="b", prompts=("c",))
 
 
+@pytest.mark.checklist(14)
 def test_presets():
     paper = PPOConfig(**PATHS, preset="instructgpt")
     assert (paper.batch, paper.minibatch, paper.ptx_coef, paper.kl_coef) == (512, 64, 27.8, 0.02)
     assert paper.critic_lr == 9e-6 and paper.optim.lr == 8e-6 and paper.ema == 0.992
+    assert (paper.gamma, paper.lambda_) == (1.0, 0.95) == (settings().gamma, settings().lambda_)
     assert paper.steps * paper.batch == 256_000 and paper.ptx_batch == 8 * paper.minibatch
     rates = [learning_rate(paper.optim, step, 500) / paper.optim.lr for step in (0, 5, 10, 499)]
     assert rates == pytest.approx([0.1, 0.55, 1.0, 1.0])
@@ -970,6 +1017,7 @@ def test_preset_of_ziegler_et_al():
     assert learning_rate(c.optim, c.steps // 2, c.steps) == pytest.approx(0.5e-5)
 
 
+@pytest.mark.checklist(42)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_name_settings_and_say_where_from(preset):
     """So does every algorithm; and a value in no table is marked as the project's own choice."""
@@ -998,6 +1046,7 @@ def test_presets_leave_alone_what_is_given():
         PPOConfig(**PATHS, given=("kl-coef",))
 
 
+@pytest.mark.checklist(42)
 def test_a_run_prints_every_value_that_no_flag_sets(folder, tmp_path, capsys):
     arguments = dict(
         init=folder / "init", reward=folder / "reward", prompts=folder / "prompts.jsonl",

@@ -154,6 +154,7 @@ def test_deterministic(device, threads):
             assert_same_bits(a, b)
 
 
+@pytest.mark.checklist(12)
 def test_identities(device):
     scores, logprobs, ref, values, mask = inputs((50, 30), device=device)
     targets = ppo_advantage(scores, logprobs, ref, values, mask, **SETTINGS)
@@ -190,6 +191,30 @@ def test_identities(device):
     before, after = targets.rewards[mask].double(), white.rewards[mask].double()
     assert math.isclose(before.mean(), after.mean(), abs_tol=1e-6)
     assert abs(after.std(unbiased=False) - 1) < 1e-3
+
+
+@pytest.mark.checklist(17)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_merge(device, ranks):
+    """Each rank's statistics, merged, whiten every rank as the whole batch is whitened."""
+    tensors = inputs((8, 30), device=device)
+    tensors[-1][-2:] = False  # the last of four ranks has nothing
+    whole = ppo_advantage(*tensors, **SETTINGS)
+    size = 8 // ranks
+    local = [
+        ppo_advantage(*(x[i : i + size] for x in tensors), whiten=False, **SETTINGS)
+        for i in range(0, 8, size)
+    ]
+    counts, means, squares = torch.stack([r.stats for r in local]).double().unbind(1)
+    count = counts.sum()
+    mean = (counts * means).sum() / count
+    var = (squares + counts * (means - mean) ** 2).sum() / count
+    merged = [
+        whiten_advantages(r.advantages, tensors[-1][i * size : (i + 1) * size], mean, var)
+        for i, r in enumerate(local)
+    ]
+    assert torch.allclose(torch.cat(merged), whole.advantages, atol=1e-5)
+    assert_same_bits(torch.cat([r.returns for r in local]), whole.returns)
 
 
 def test_one_token_is_not_whitened():

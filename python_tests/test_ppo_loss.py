@@ -68,6 +68,7 @@ def run(f, tensors, dtype=None, **options):
     return loss, stats.sums, {k: leaves[k].grad for k in DIFFERENTIABLE if k in leaves}
 
 
+@pytest.mark.checklist(9, 20, 21)
 def test_known_values():
     # ratios 1.5 and 0.5, clip 0.2, A = 1 and -1:
     # token 0: max(-1.5, -1.2) = -1.2 (clipped); token 1: max(0.5, 0.8) = 0.8 (clipped)
@@ -79,6 +80,8 @@ def test_known_values():
     assert loss.item() == pytest.approx(-0.2, abs=1e-6)
     assert stats.total("count") == 2 and stats.total("clipped") == 2
     assert stats.means()["ratio"] == pytest.approx(1.0)
+    k2 = (math.log(1.5) ** 2 + math.log(0.5) ** 2) / 4  # half the mean of the squares
+    assert stats.means()["approx_kl"] == pytest.approx(k2)
     loss.backward()
     assert logprobs.grad.tolist() == [[0, 0, 0]]  # clipped tokens push no further
     # The other way round the unclipped branch is the worse one and keeps its gradient, -rho A / 2.
@@ -99,6 +102,7 @@ def test_known_values():
     assert loss.item() == pytest.approx(1 - math.log(2.0), abs=1e-6)
 
 
+@pytest.mark.checklist(23)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("aggregate", ["token", "sequence", "constant"])
 def test_matches_reference(device, dtype, shape, aggregate, isa):
@@ -140,6 +144,39 @@ def test_packed_equals_padded(device):
         assert torch.allclose(a[1], b[1], rtol=1e-5)
         for name in DIFFERENTIABLE:
             assert torch.allclose(a[2][name][inside], b[2][name], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.checklist(22)
+@pytest.mark.bug("TRL 1.14")
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("aggregate", ["token", "sequence", "constant"])
+def test_ranks_add_up(device, aggregate, ranks):
+    """With the global normaliser, losses, statistics and gradients of ranks sum to the whole's.
+
+    Of one parameter that all share, whatever share of the tokens each rank has.
+    """
+    tensors = inputs((8, 50), device=device)
+    tensors["mask"] &= torch.rand(8, 1, device=device) > torch.arange(8, device=device)[:, None] / 9
+    tensors["mask"][-1] = False  # a rank, or part of one, without tokens
+    everyone = {
+        "token": tensors["mask"].sum(),
+        "sequence": tensors["mask"].any(1).sum(),
+        "constant": torch.tensor(8.0 * 50, device=device),
+    }[aggregate]
+    options = {**EVERYTHING, "aggregate": aggregate, "normalizer": everyone}
+
+    def of(part):
+        shared = torch.zeros(3, device=device, requires_grad=True)
+        local = {k: v[part] for k, v in tensors.items()}
+        moved = {k: local[k] + shared[i] for i, k in enumerate(DIFFERENTIABLE)}
+        loss, stats = ppo_loss(**local | moved, **options)
+        loss.backward()
+        return loss.detach(), stats.sums, shared.grad
+
+    size = 8 // ranks
+    parts = [of(slice(i * size, (i + 1) * size)) for i in range(ranks)]
+    for mine, whole in zip(map(sum, zip(*parts, strict=True)), of(slice(0, 8)), strict=True):
+        assert (mine - whole).norm() <= 1e-5 * whole.norm()
 
 
 @pytest.mark.parametrize("ends", [[1, 4], [0, 2, 2, 5], [6, 6], [3], [0]], ids=str)
@@ -192,6 +229,7 @@ def test_deterministic(device, threads):
             assert_same_bits(first[2][name], again[2][name])
 
 
+@pytest.mark.checklist(19)
 def test_identities(device):
     tensors = inputs((8, 50), device=device)
     mask = tensors["mask"]

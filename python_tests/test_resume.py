@@ -57,6 +57,7 @@ def test_dpo(tmp_path, kills):
     check_kills([*arguments, *QUICK], tmp_path, kills, seed=5)
 
 
+@pytest.mark.checklist(40)
 def test_ppo(tmp_path, kills):
     """Policy, critic, their optimisers, the averages and the adaptive KL coefficient."""
     text, prompts = write_text(tmp_path / "text.txt"), write_demonstrations(tmp_path / "p.jsonl")

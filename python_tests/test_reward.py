@@ -63,6 +63,7 @@ def config_for(tmp_path, name="run", **settings):
     return RewardConfig(str(base), (str(data),), **(defaults | settings))
 
 
+@pytest.mark.checklist(29)
 def test_pairs_leave_ties_out():
     assert pairs_of([1, 2, 2, 3]) == [(0, 1), (0, 2), (0, 3), (1, 3), (2, 3)]
     assert pairs_of([0.5, 0.5]) == []
@@ -78,6 +79,7 @@ def test_ranking_loss_known_value():
     assert loss.item() == pytest.approx((0.3132617 + (0.1269280 + 2.1269280) / 2) / 2, rel=1e-6)
 
 
+@pytest.mark.checklist(29)
 def test_k_forwards_equal_all_pairs_one_by_one():
     """The paper's loss, −1 / pairs Σ log σ(r_w − r_l), each response scored alone."""
     model, made = scalar_model(), rankings()
@@ -151,6 +153,7 @@ def test_evaluate_counts_every_pair_and_half_of_equal_scores():
     assert evaluate(model, made, 4)["accuracy"] == 0.5
 
 
+@pytest.mark.checklist(28)
 def test_it_learns_and_demonstrations_average_zero(tmp_path):
     final = run(config_for(tmp_path, epochs=20))
     lines = read_metrics(tmp_path / "run")
@@ -168,6 +171,7 @@ def test_it_learns_and_demonstrations_average_zero(tmp_path):
     assert yes > no and abs(yes) < 0.5 * (yes - no)
 
 
+@pytest.mark.checklist(28)
 def test_calibration_on_given_demonstrations(tmp_path):
     demonstrations = write_demonstrations(tmp_path / "demonstrations.jsonl")
     final = run(config_for(tmp_path, demonstrations=(str(demonstrations),)))
@@ -177,6 +181,7 @@ def test_calibration_on_given_demonstrations(tmp_path):
     assert model.score_bias != 0
 
 
+@pytest.mark.checklist(27)
 def test_head_is_new_and_the_trunk_is_the_base_model(tmp_path, monkeypatch):
     started = {}
 

@@ -37,6 +37,8 @@ def config_for(tmp_path, name="run", **settings):
     return SFTConfig(str(base), (str(data),), **(defaults | settings))
 
 
+@pytest.mark.checklist(1)
+@pytest.mark.bug("TRL#1623")
 def test_the_loss_is_on_responses_and_their_eos_alone():
     tokenizer = Tokenizer.bytes()
     turns = Turn("ab", False), Turn("cd", True), Turn("e", False), Turn("f", True)

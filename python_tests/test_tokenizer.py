@@ -86,6 +86,7 @@ def test_known_values():
     assert [tokenizer.token_bytes(id) for id in (10, 255, 256)] == [b"\n", b"\xff", b""]
 
 
+@pytest.mark.checklist(1)
 @pytest.mark.parametrize("text", HARD)
 def test_round_trip(tokenizer, text):
     ids = tokenizer.encode(text)
