@@ -581,7 +581,8 @@ def run(config: PPOConfig, reward: RewardFunction | None = None) -> Path:
         f"--init {path} does not know where a response begins and ends: run sft on it first",
     )
     judge = make_judge(reward or config.reward, tokenizer, run.device, run.dtype)
-    critic, context = None, policy.config.context
+    critic: GPT | None = None
+    context = policy.config.context
     if config.algorithm == "ppo":
         critic = make_critic(judge, policy, mix(config.run.seed, CRITIC))
         context = min(context, critic.config.context)

@@ -135,11 +135,11 @@ ALGORITHMS: dict[str, Table] = {
     "dr_grpo": {
         "group_size": (8, OUR_CHOICE),
         "kl_in": ("loss", f"{OUR_CHOICE}, as in GRPO; Liu et al. leave the KL term out"),
-        "aggregate": ("constant", "Liu et al., 3.2: the token budget for a length"),
+        "aggregate": ("constant", "Liu et al.: a constant for the length"),
     },
     "rloo": {
         "group_size": (4, "Ahmadian et al.: k = 2 and 4"),
-        "kl_in": ("reward", "Ahmadian et al., eq. 3"),
+        "kl_in": ("reward", "Ahmadian et al."),
         "aggregate": ("constant", f"a sum over tokens; its scale, 1/max_tokens, is {OUR_CHOICE}"),
     },
 }
