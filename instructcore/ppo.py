@@ -76,7 +76,9 @@ class PPOConfig:
     prompts: tuple[str, ...] = option((), "files of prompts", required=True)
     preset: str = option("small", "sets what no flag sets", choices=tuple(PRESETS))
     algorithm: str = option(
-        "ppo", "ppo has a critic, the others compare groups", choices=tuple(ALGORITHMS)
+        "ppo",
+        "ppo has a critic; the others compare groups, and set group-size, kl-in and aggregate",
+        choices=tuple(ALGORITHMS),
     )
     group_size: int = option(1, "responses per prompt", unit="sequences", range="[1, inf)")
     steps: int = option(
