@@ -50,6 +50,7 @@ from .data import EpochOrder, Prompt, TokenStream, pack, read_prompts, report_dr
 from .errors import UserError
 from .evaluate import Judge, ModelJudge, RewardFunction, Sample, make_judge, sample_responses
 from .generate import SamplingParams
+from .guards import Guard, GuardConfig
 from .model import GPT, load
 from .pretrain import count_targets, micro_batches, next_token_loss, to_device
 from .tokenizer import Tokenizer
@@ -172,6 +173,7 @@ class PPOConfig:
             "warmup_from": "0.1",
         },
     )
+    guard: GuardConfig = group(GuardConfig)
     run: RunConfig = group(RunConfig, save_every=10, log_every=1)
     given: tuple[str, ...] = field(default=(), compare=False)
 
@@ -562,6 +564,7 @@ def run(config: PPOConfig, reward: RewardFunction | None = None) -> Path:
     critic = make_critic(judge, policy, mix(config.run.seed, CRITIC))
     context = min(policy.config.context, critic.config.context)
     prompts, text = read_fitting_prompts(config, tokenizer, context), None
+    guard = Guard(config, run, tokenizer, prompts)
     if config.pretrain_data:
         room = policy.config.context
         found = f"got {config.ptx_context}"
@@ -572,7 +575,15 @@ def run(config: PPOConfig, reward: RewardFunction | None = None) -> Path:
         print(f"ppo: preset {config.preset}: {name} {value} ({source})")
     ppo = PPO(config, policy, critic, reference, judge, tokenizer, prompts, text)
     run.start(ppo.state, config.steps)
-    run.loop(ppo.iteration, show=("objective/score", "objective/kl"))
+    guard.begin(ppo)
+    run.loop(
+        guard.iteration,
+        evaluate=guard.evaluate if config.guard.guard_reward else None,
+        eval_every=config.guard.guard_every,
+        eval_first=True,
+        show=("objective/score", "objective/kl"),
+    )
+    guard.restore()
     if config.export_ema:
         ppo.export_average()
     return run.finish()
