@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, report
 from .config import (
     OptimConfig,
     RunConfig,
@@ -586,7 +586,9 @@ def run(config: PPOConfig, reward: RewardFunction | None = None) -> Path:
     guard.restore()
     if config.export_ema:
         ppo.export_average()
-    return run.finish()
+    final = run.finish()
+    print(f"ppo: wrote {report.write_ppo(run.directory)}", flush=True)
+    return final
 
 
 def make_critic(judge: Judge, policy: GPT, seed: int) -> GPT:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from toy_data import (
     write_jsonl,
 )
 
-from instructcore import guards, ppo, sft
+from instructcore import guards, ppo, report, sft
 from instructcore.config import OptimConfig, RunConfig
 from instructcore.errors import UserError
 from instructcore.guards import SIGNALS, Alarms, GuardConfig
@@ -315,3 +317,52 @@ def test_a_held_out_score_that_is_not_finite(folder, tmp_path, monkeypatch):
     guard = dict(guard_reward="test_guards:shorter", held_out=(str(folder / "held_out.jsonl"),))
     with pytest.raises(UserError, match="the scores of --guard-reward must be finite"):
         ppo.run(settings(folder, tmp_path / "run", **guard))
+
+
+# ---- The report of a run
+
+
+def test_report_of_a_run(stopped):
+    page = (stopped / "report.html").read_text(encoding="utf-8")
+    step = trainer(stopped / "final")["step"]
+    assert f"The final checkpoint is that of step {step}. Alarms: length after step" in page
+    assert page.count("data:image/png;base64,") == 2 and "http" not in page.replace("/html", "")
+    for row in (json.loads(line) for line in (stopped / "samples.jsonl").open()):
+        assert html.escape(f"{row['response']}") in page and f"[{row['score']:.3g}]" in page
+    assert "say red" in page and "(trained on)" in page and "guard_length" in page
+
+
+def test_report_shows_the_reward_against_root_kl(monkeypatch):
+    """What is plotted: a point a logged step, at √KL, and nothing where a figure is missing."""
+    plotted = []
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.plot", lambda self, x, y, *a, **k: plotted.append((x, y))
+    )
+    metrics = [
+        {"step": 0, "guard/held_out": 5.0},  # before the first iteration there is no KL
+        {"step": 1, "objective/kl": -0.01, "objective/score": 1.0},
+        {"step": 2, "objective/kl": 4.0, "objective/score": None},
+        {"step": 3, "objective/kl": 9.0, "objective/score": 2.0, "guard/held_out": 3.0},
+    ]
+    report._frontier(metrics)
+    assert plotted == [((0.0, 3.0), (1.0, 2.0)), ((3.0,), (3.0,))]
+    plotted.clear()
+    report._curves(metrics, {})
+    assert plotted[0] == ((1, 3), (1.0, 2.0)) and plotted[-1] == ((0, 3), (5.0, 3.0))
+
+
+def test_report_picks_steps_from_first_to_last():
+    row = {"prompt": "a<b", "response": "é", "score": 0.5, "ended": False, "held_out": True}
+    table = report._samples_over_training([row | {"step": step} for step in range(0, 90, 10)])
+    assert [int(s) for s in re.findall(r"<th>step (\d+)", table)] == [0, 20, 40, 60, 80]
+    assert "a&lt;b" in table and "é …\n[0.5]" in table and "trained on" not in table
+
+
+def test_events_have_the_papers_names(stopped):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(stopped / "tensorboard"))
+    events.Reload()
+    names = {"objective/score", "objective/kl", "ppo/clip_fraction", "rollout/eos_rate", "ppo/lr"}
+    assert names | {"guard/length", "guard/alarms"} <= set(events.Tags()["scalars"])
