@@ -7,11 +7,13 @@ over prompts: 95 %, 2,000 resamples, seeded.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import math
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,9 +22,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .config import check, check_new_file, check_options, option
+from .config import check, check_new_file, check_options, flatten, option
 from .data import (
     Prompt,
+    TokenStream,
     encode_demonstrations,
     is_demonstration,
     pack,
@@ -119,19 +122,26 @@ def sample_responses(
     return [Sample(*pair, c) for pair, c in zip(asked, completions, strict=True)]
 
 
-def mean_kl(policy: GPT, reference: GPT, samples: Sequence[Sample]) -> float:
-    """KL(policy || reference): the mean over samples of Σ_t log π − log π_ref, nats per response.
+def log_ratios(policy: GPT, reference: GPT, samples: Sequence[Sample]) -> list[float]:
+    """Σ_t log π − log π_ref of each response, in nats, at temperature 1.
 
-    An estimate of it only for samples that the policy drew at temperature 1, untruncated. Both
-    read what the policy read, with or without the assistant marker.
+    Both read what the policy read, with or without the assistant marker.
     """
     sequences = [s.sequence for s in samples]
     pairs = zip(score(policy, sequences), score(reference, sequences), strict=True)
-    sums = [
+    return [
         float((ours.double() - theirs.double())[len(s.prompt_ids) - 1 :].sum())
         for s, (ours, theirs) in zip(samples, pairs, strict=True)
     ]
-    return sum(sums) / len(sums) if sums else math.nan
+
+
+def mean_kl(policy: GPT, reference: GPT, samples: Sequence[Sample]) -> float:
+    """KL(policy || reference): the mean of `log_ratios`, nats per response.
+
+    An estimate of it only for samples that the policy drew at temperature 1, untruncated.
+    """
+    ratios = log_ratios(policy, reference, samples)
+    return sum(ratios) / len(ratios) if ratios else math.nan
 
 
 def reference_loss(model: GPT, tokenizer: Tokenizer, path: str, limit: int = 0) -> float:
@@ -141,6 +151,20 @@ def reference_loss(model: GPT, tokenizer: Tokenizer, path: str, limit: int = 0) 
     rows = encode_demonstrations(demonstrations, tokenizer, context, "error", marked=marked)
     parts = (pack(rows[i : i + SCORED_AT_ONCE]) for i in range(0, len(rows), SCORED_AT_ONCE))
     return held_out_loss(model, parts)
+
+
+def text_loss(
+    model: GPT, tokenizer: Tokenizer, paths: Sequence[str], window: int
+) -> tuple[float, str]:
+    """(mean nats per token of text that was held out, a digest of its tokens).
+
+    The loss is `pretrain`'s `val_loss`: all tokens but the first, in consecutive windows of
+    `window` tokens, each from an empty context. Equal digests: losses of the same tokens.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        stream, _ = TokenStream.build(paths, tokenizer, directory, 0.0)
+        loss = held_out_loss(model, stream.windows(window, max(1, 8192 // window)))
+        return loss, hashlib.sha256(stream.tokens.data).hexdigest()
 
 
 # ---- Judges
@@ -250,11 +274,16 @@ class EvalConfig:
     )
     data: str = option("", "prompts; if with responses, their loss is taken too", required=True)
     judge: str = option("", "gold, a reward model's checkpoint, or module:function")
+    reference: str = option("", "checkpoint that the KL is against, instead of the first")
+    text: tuple[str, ...] = option((), "held-out text, as for pretrain", metavar="FILE")
+    window: int = option(
+        0, "length of its windows, 0 = the first's context", unit="tokens", range="[0, inf)"
+    )
     limit: int = option(0, "only the first ones, 0 = all", unit="prompts", range="[0, inf)")
     max_tokens: int = option(128, "longest response", unit="tokens", range="[1, inf)")
     temperature: float = option(0.0, "of the responses judged, 0 = greedy", range="[0, inf)")
     seed: int = option(0, "seed of the samples and the bootstrap", range="[0, inf)")
-    out: str = option("", "file for the figures, as JSON")
+    out: str = option("", "file for settings and figures, as JSON")
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     dtype: str = option("auto", "dtype to compute in", choices=("auto", "float32", "bfloat16"))
 
@@ -262,64 +291,97 @@ class EvalConfig:
         check_options(self)
         check(bool(self.checkpoints), "eval needs a checkpoint")
         check(bool(self.data), "--data is missing: a file of prompts")
+        check(bool(self.text) or not self.window, "--window needs --text, which it cuts")
 
 
 def run(config: EvalConfig, judge: RewardFunction | None = None) -> list[dict[str, Any]]:
     """Evaluates every checkpoint on the same prompts; prints a table and returns its rows."""
     check_new_file(config.out)
     device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, device)
-    prompts = read_prompts([config.data])[: config.limit or None]
-    params = SamplingParams(config.max_tokens, config.temperature, seed=config.seed)
-    first: GPT | None = None
-    base: list[float] = []
-    rows: list[dict[str, Any]] = []
-    for name in config.checkpoints:
+    dtype, window = choose_dtype(config.dtype, device), config.window
+
+    def load_policy(name: str) -> tuple[GPT, Tokenizer]:
         path = resolve_checkpoint(name)
-        model, tokenizer = load(path, dtype=dtype, device=device).eval(), Tokenizer.load(path)
+        model = load(path, dtype=dtype, device=device).eval().requires_grad_(False)
         check(model.head == "lm", f"{name} is a reward model: it cannot answer prompts")
+        return model, Tokenizer.load(path)
+
+    prompts = read_prompts([config.data])[: config.limit or None]
+    answered = is_demonstration(prompts[0])
+    params = SamplingParams(config.max_tokens, config.temperature, seed=config.seed)
+    against = config.reference or config.checkpoints[0]
+    reference, its_tokenizer = load_policy(against)
+    meanings = _meanings(its_tokenizer)
+    base: list[float] = []
+    before, tokens = 0.0, ""  # the first's loss of the text, and what tokens it read
+    rows: list[dict[str, Any]] = []
+    for i, name in enumerate(config.checkpoints):
+        model, tokenizer = (reference, its_tokenizer) if name == against else load_policy(name)
         samples = sample_responses(model, tokenizer, prompts, params)
         row: dict[str, Any] = {"checkpoint": name}
         if judge or config.judge:
             scores = make_judge(judge or config.judge, tokenizer, device, dtype)(samples)
+            check(all(map(math.isfinite, scores)), "the judge's scores must be finite numbers")
             base = base or scores
             row["score"] = bootstrap_interval(scores, config.seed)
             row["win_rate"] = bootstrap_interval(wins(scores, base), config.seed)
         row["eos_rate"] = sum(s.ended for s in samples) / len(samples)
         row["length"] = sum(len(s.completion.token_ids) for s in samples) / len(samples)
-        answered = is_demonstration(prompts[0])
-        args = (model, tokenizer, config.data, config.limit)
-        row["loss"] = reference_loss(*args) if answered else None
-        if first is None:
-            first, meanings = model, _meanings(tokenizer)
-        elif _meanings(tokenizer) == meanings:
+        if answered:
+            row["loss"] = reference_loss(model, tokenizer, config.data, config.limit)
+        if config.text:
+            window = window or model.config.context
+            room = f"{model.config.context} of {name}"
+            found = f"got {window}"
+            check(window <= model.config.context, f"--window must fit the context {room}, {found}")
+            row["text_loss"], digest = text_loss(model, tokenizer, config.text, window)
+            if i == 0:
+                before, tokens = row["text_loss"], digest
+            row["tax"] = row["text_loss"] - before if digest == tokens else None
+        same = _meanings(tokenizer) == meanings
+        other = f"{name} has other tokens than {against}"
+        check(same or not config.reference, f"no KL: {other}")
+        if not same:
+            print(f"no KL: {other}")
+        elif i > 0 or config.reference:
             if config.temperature != 1:  # the KL is an expectation over the policy's own samples
                 own = replace(params, temperature=1.0)
                 samples = sample_responses(model, tokenizer, prompts, own)
-            row["kl"] = mean_kl(model, first, samples)
+            row["kl"] = bootstrap_interval(log_ratios(model, reference, samples), config.seed)
         rows.append(row)
     _print_table(rows, f"{len(prompts)} prompts of {config.data}")
     if config.out:
         plain = [{k: getattr(v, "_asdict", lambda v=v: v)() for k, v in r.items()} for r in rows]
-        result = {"data": config.data, "judge": config.judge, "n": len(prompts), "rows": plain}
-        Path(config.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        _write_json(Path(config.out), {**flatten(config), "n": len(prompts), "rows": plain})
     return rows
+
+
+def _write_json(path: Path, value: Any) -> None:
+    """Writes a file that is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def _print_table(rows: list[dict[str, Any]], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    caption = "with 95 % intervals; win rate (a tie is one half) and KL (nats per response) are "
-    caption += "against the first; loss in nats per token of the responses given"
-    shown = [key for key in rows[-1] if any(row.get(key) is not None for row in rows)]
-    table = Table(*(key.replace("_", " ") for key in shown), title=title, caption=caption)
+    caption = "with 95 % intervals; win rate (a tie is one half) and tax (rise of the text loss) "
+    caption += "are against the first; KL in nats per response, losses in nats per token: loss of "
+    caption += "the responses given, text loss of the held-out text"
+    keys = dict.fromkeys(key for row in rows for key in row)
+    table = Table("", title=title, caption=caption)
     for row in rows:
-        table.add_row(*(_cell(row.get(key)) for key in shown))
+        table.add_column(row["checkpoint"], overflow="fold")
+    for key in [*keys][1:]:  # a measure a line: many columns would not fit a terminal
+        cells = [_cell(row.get(key)) for row in rows]
+        if any(cells):
+            table.add_row(key.replace("_", " "), *cells)
     Console().print(table)
 
 
 def _cell(value: Any) -> str:
     if isinstance(value, Interval):
         return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
-    return value if isinstance(value, str) else "" if value is None else f"{value:.3f}"
+    return "" if value is None else f"{value:.3f}"

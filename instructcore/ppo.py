@@ -36,7 +36,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, report
 from .config import (
     OptimConfig,
     RunConfig,
@@ -52,6 +52,7 @@ from .data import EpochOrder, Prompt, TokenStream, read_prompts, report_dropped
 from .episodes import Episodes, check_same, split
 from .evaluate import Judge, ModelJudge, RewardFunction, Sample, make_judge, sample_responses
 from .generate import SamplingParams
+from .guards import Guard, GuardConfig
 from .model import GPT, load
 from .presets import ALGORITHMS, OUR_CHOICE, PRESETS, Table
 from .pretrain import count_targets, micro_batches, next_token_loss, to_device
@@ -178,6 +179,7 @@ class PPOConfig:
             "warmup_from": "0.1",
         },
     )
+    guard: GuardConfig = group(GuardConfig)
     run: RunConfig = group(RunConfig, save_every=10, log_every=1)
     given: tuple[str, ...] = field(default=(), compare=False)
 
@@ -589,6 +591,7 @@ def run(config: PPOConfig, reward: RewardFunction | None = None) -> Path:
         critic = make_critic(judge, policy, mix(config.run.seed, CRITIC))
         context = min(context, critic.config.context)
     prompts, text = read_fitting_prompts(config, tokenizer, context), None
+    guard = Guard(config, run, tokenizer, prompts)
     if config.pretrain_data:
         room = policy.config.context
         found = f"got {config.ptx_context}"
@@ -600,10 +603,20 @@ def run(config: PPOConfig, reward: RewardFunction | None = None) -> Path:
             print(f"ppo: preset {config.preset}: {name} {value} ({source})")
     ppo = PPO(config, policy, critic, reference, judge, tokenizer, prompts, text)
     run.start(ppo.state, config.steps)
-    run.loop(ppo.iteration, show=("objective/score", "objective/kl"))
+    guard.begin(ppo)
+    run.loop(
+        guard.iteration,
+        evaluate=guard.evaluate if config.guard.guard_reward else None,
+        eval_every=config.guard.guard_every,
+        eval_first=True,
+        show=("objective/score", "objective/kl"),
+    )
+    guard.restore()
     if config.export_ema:
         ppo.export_average()
-    return run.finish()
+    final = run.finish()
+    print(f"ppo: wrote {report.write_ppo(run.directory)}", flush=True)
+    return final
 
 
 def make_critic(judge: Judge, policy: GPT, seed: int) -> GPT:

@@ -1,4 +1,7 @@
-"""The quickstart's report: one HTML file with figures, tables and samples inside, and a summary."""
+"""Reports: one HTML file each, with figures, tables and samples inside, and nothing from elsewhere.
+
+`write` is the quickstart's, `write_ppo` that of any run of `ppo`.
+"""
 
 from __future__ import annotations
 
@@ -48,11 +51,65 @@ $extremes
 </body></html>
 """)
 
+PPO_PAGE = Template("""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>instructcore ppo: $run</title><style>$style</style></head><body>
+<h1>PPO: $run</h1>
+<p>The final checkpoint is that of step $step. $alarms</p>
+$figures
+<h2>Samples as training goes (greedy; in brackets the reward)</h2>
+$samples
+<h2>Settings</h2>
+$settings
+</body></html>
+""")
+CURVES = {  # what a run of ppo shows over its steps, where it has it
+    "objective/score": "score, the reward without KL",
+    "objective/kl": "KL from SFT, nats per response",
+    "rollout/length": "response length, tokens",
+    "rollout/eos_rate": "share of responses that end",
+    "ppo/entropy": "entropy, nats per token",
+    "ppo/policy_loss": "policy loss",
+    "ppo/value_loss": "value loss",
+    "ppo/explained_variance": "explained variance of the returns",
+    "ppo/clip_fraction": "share of clipped ratios",
+    "ppo/approx_kl": "KL from the rollouts' policy, nats per token",
+    "ptx/loss": "pre-training loss, nats per token",
+    "guard/held_out": "second judge's held-out score",
+}
+COLUMNS = 5  # steps in the table of samples
+
 
 def write(out: Path, summary: dict[str, Any], shown: dict[str, Any]) -> Path:
     """Writes out/report.html. It needs no other file and no network."""
     path = out / "report.html"
     path.write_text(_page(out, summary, shown), encoding="utf-8")
+    return path
+
+
+def write_ppo(run: Path) -> Path:
+    """Writes run/report.html from metrics.jsonl, samples.jsonl and the final checkpoint."""
+    metrics, samples = _lines(run / "metrics.jsonl"), _lines(run / "samples.jsonl")
+    trainer = json.loads((run / "final" / "state" / "trainer.json").read_text("utf-8"))
+    alarms = trainer["extra"]["guard"]["alarms"]
+    settings = json.loads((run / "config.json").read_text("utf-8"))["settings"]
+    figures = {
+        "reward against KL": _frontier(metrics),
+        "curves over training": _curves(metrics, alarms),
+    }
+    raised = ", ".join(f"{name} after step {step}" for name, step in alarms.items())
+    page = PPO_PAGE.substitute(
+        style=STYLE,
+        run=html.escape(run.name),
+        step=trainer["step"],
+        alarms=html.escape(f"Alarms: {raised or 'none'}."),
+        figures=_images(figures),
+        samples=_samples_over_training(samples),
+        settings=_table(["setting", "value"], [[k, str(v)] for k, v in settings.items()]),
+    )
+    path = run / "report.html"
+    path.write_text(page, encoding="utf-8")
     return path
 
 
@@ -126,10 +183,7 @@ def _page(out: Path, summary: dict[str, Any], shown: dict[str, Any]) -> str:
         [e["prompt"], e["sft"], f"{e['gold'][0]:.2f}", e["ppo"], f"{e['gold'][1]:.2f}"]
         for e in shown["extremes"]
     ]
-    figures = "".join(
-        f'<p><img alt="{html.escape(title)}" src="data:image/png;base64,{data}"></p>'
-        for title, data in _figures(out, summary, shown).items()
-    )
+    figures = _images(_figures(out, summary, shown))
     return PAGE.substitute(
         style=STYLE,
         seed=summary["seed"],
@@ -157,44 +211,108 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return f'<div class="wide"><table><tr>{cells(head, "th")}</tr>{body}</table></div>'
 
 
-def _metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+def _images(figures: dict[str, str]) -> str:
+    """Title -> PNG in base64, as HTML."""
+    return "".join(
+        f'<p><img alt="{html.escape(title)}" src="data:image/png;base64,{data}"></p>'
+        for title, data in figures.items()
+    )
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:  # not splitlines: texts may hold U+2028
+        return [json.loads(line) for line in file]
+
+
+def _png(figure: Any) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _panels(count: int, columns: int) -> tuple[Any, list]:
+    """A figure and its `count` axes."""
+    from matplotlib.figure import Figure  # no pyplot: no display, no global state
+
+    rows = -(-count // columns)
+    figure = Figure(figsize=(4.4 * columns, 3.2 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[count:]:
+        axis.remove()
+    for axis in axes[:count]:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    return figure, axes[:count]
+
+
+def _curve(axis: Any, metrics: list[dict[str, Any]], metric: str, title: str, color: str) -> None:
+    points = [(m["step"], m[metric]) for m in metrics if m.get(metric) is not None]
+    if points:
+        axis.plot(*zip(*points, strict=True), color=color, linewidth=1.4)
+    axis.set(title=title, xlabel="step")
+
+
+def root_kl_points(metrics: list[dict[str, Any]], metric: str) -> list[tuple[float, float]]:
+    """(√KL, metric) of every logged step that has both; a KL estimated below 0 counts as 0."""
+    found = [(m.get("objective/kl"), m.get(metric)) for m in metrics]
+    return [(max(kl, 0.0) ** 0.5, y) for kl, y in found if kl is not None and y is not None]
+
+
+def _frontier(metrics: list[dict[str, Any]]) -> str:
+    """The reward against √KL (Gao et al. 2022), and the second judge's score where there is one."""
+    shown = {"objective/score": COLORS["ppo"], "guard/held_out": "#b8860b"}
+    points = {name: found for name in shown if (found := root_kl_points(metrics, name))}
+    figure, axes = _panels(max(1, len(points)), max(1, len(points)))
+    for axis, name in zip(axes, points, strict=False):
+        axis.plot(*zip(*points[name], strict=True), "o-", color=shown[name], ms=3, alpha=0.7)
+        axis.set(title=f"{CURVES[name]}, against √KL", xlabel="√KL (KL in nats per response)")
+    return _png(figure)
+
+
+def _curves(metrics: list[dict[str, Any]], alarms: dict[str, int]) -> str:
+    """A panel a metric; a dashed line where an alarm was raised."""
+    present = [name for name in CURVES if any(m.get(name) is not None for m in metrics)]
+    figure, axes = _panels(max(1, len(present)), 3)
+    for axis, name in zip(axes, present, strict=False):
+        _curve(axis, metrics, name, CURVES[name], COLORS["ppo"])
+        for step in set(alarms.values()):
+            axis.axvline(step, color="#888", linestyle="--", linewidth=1)
+    return _png(figure)
+
+
+def _samples_over_training(samples: list[dict[str, Any]]) -> str:
+    """A row a prompt, a column a step: the first, the last and some between."""
+    steps = sorted({sample["step"] for sample in samples})
+    last = len(steps) - 1
+    chosen = [steps[i] for i in sorted({round(last * k / (COLUMNS - 1)) for k in range(COLUMNS)})]
+    rows: dict[str, dict[int, str]] = {}
+    for sample in samples:
+        end = "" if sample["ended"] else " …"
+        text = f"{sample['response']}{end}\n[{sample['score']:.3g}]"
+        name = sample["prompt"] + ("" if sample["held_out"] else "\n(trained on)")
+        rows.setdefault(name, {})[sample["step"]] = text
+    head = ["prompt", *(f"step {step}" for step in chosen)]
+    cells = [[name, *(row.get(step, "") for step in chosen)] for name, row in rows.items()]
+    return _table(head, cells)
 
 
 def _figures(out: Path, summary: dict[str, Any], shown: dict[str, Any]) -> dict[str, str]:
     """Title -> PNG in base64."""
-    from matplotlib.figure import Figure  # no pyplot: no display, no global state
-
-    def png(figure: Figure) -> str:
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110)
-        return base64.b64encode(buffer.getvalue()).decode()
-
-    def panels(n: int) -> tuple[Figure, list]:
-        figure = Figure(figsize=(4.4 * n, 3.2), layout="constrained")
-        axes = list(figure.subplots(1, n))
-        for axis in axes:
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.grid(alpha=0.25)
-        return figure, axes
 
     def curve(axis: Any, run: str, metric: str, title: str, color: str) -> None:
-        points = [(m["step"], m[metric]) for m in _metrics(out / run) if m.get(metric) is not None]
-        if points:
-            axis.plot(*zip(*points, strict=True), color=color, linewidth=1.4)
-        axis.set(title=title, xlabel="step")
+        _curve(axis, _lines(out / run / "metrics.jsonl"), metric, title, color)
 
-    losses, axes = panels(3)
+    losses, axes = _panels(3, 3)
     curve(axes[0], "pretrain", "loss", "pre-training: loss, nats per token", COLORS["base"])
     curve(axes[1], "sft", "loss", "SFT: loss, nats per token", COLORS["sft"])
     curve(axes[2], "reward", "loss", "reward model: ranking loss", "#54a24b")
 
-    training, axes = panels(3)
+    training, axes = _panels(3, 3)
     curve(axes[0], "ppo", "objective/score", "PPO: reward model's score", COLORS["ppo"])
     curve(axes[1], "ppo", "objective/kl", "PPO: KL from SFT, nats per response", COLORS["ppo"])
     curve(axes[2], "ppo", "rollout/length", "PPO: response length, tokens", COLORS["ppo"])
 
-    frontier, (left, right) = panels(2)
+    frontier, (left, right) = _panels(2, 2)
     points = sorted(shown["curve"], key=lambda p: p["kl"])
     root_kl = [max(p["kl"], 0.0) ** 0.5 for p in points]
     left.plot(root_kl, [p["gold"] for p in points], "o-", color="#b8860b", label="gold")
@@ -216,7 +334,7 @@ def _figures(out: Path, summary: dict[str, Any], shown: dict[str, Any]) -> dict[
     right.set_xticks(range(len(families)), families)
     right.legend(frameon=False)
     return {
-        "losses of the stages": png(losses),
-        "PPO over training": png(training),
-        "reward against KL, and gold by family": png(frontier),
+        "losses of the stages": _png(losses),
+        "PPO over training": _png(training),
+        "reward against KL, and gold by family": _png(frontier),
     }

@@ -87,14 +87,20 @@ def response_scores(model: GPT, rows: list[list[int]]) -> Tensor:
 def accuracy(right: Sequence[float], pairs: Sequence[int]) -> tuple[float, float, float]:
     """Share of pairs ordered rightly and its 95 % interval, from the figures of each prompt.
 
-    Pairs of one prompt are not independent: the interval is that of a ratio over prompts,
-    p ± 1.96 · sqrt(m / (m − 1) · Σ (right_i − p · pairs_i)²) / Σ pairs_i.
+    Pairs of one prompt are not independent. The variance of p = Σ right / Σ pairs is that of a
+    ratio over the m prompts, v = m / (m − 1) · Σ (right_i − p · pairs_i)² / (Σ pairs_i)². The
+    interval is Wilson's for the n independent pairs of the same variance, n = p (1 − p) / v: with
+    z = 1.96, the shares q for which |p − q| <= z sqrt(q (1 − q) / n). They are never more than all
+    pairs; and where p is 0 or 1, so that v tells nothing, they are the prompts: n = m.
     """
     m, total = len(pairs), sum(pairs)
-    p = sum(right) / total
-    residual = sum((r - p * n) ** 2 for r, n in zip(right, pairs, strict=True))
-    half = 1.96 * math.sqrt(residual * m / max(1, m - 1)) / total
-    return p, max(0.0, p - half), min(1.0, p + half)
+    p, z = sum(right) / total, 1.96
+    residual = sum((r - p * k) ** 2 for r, k in zip(right, pairs, strict=True))
+    variance = residual * m / max(1, m - 1) / total**2
+    n = min(total, p * (1 - p) / max(variance, 1e-12)) if 0 < p < 1 else m
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2) / (1 + z * z / n)
+    return p, max(0.0, middle - half), min(1.0, middle + half)
 
 
 @dataclass(frozen=True)

@@ -331,7 +331,7 @@ class Run:
         self.config: RunConfig = replace(config.run, **chosen)
         self.settings = flatten(replace(config, run=self.config))
         self.final = self.directory / "final"
-        self.step, self.steps, self.finished = 0, 0, False
+        self.step, self.steps, self.finished, self.stopped = 0, 0, False, False
 
     @classmethod
     def open(cls, stage: str, config: Any) -> Run:
@@ -426,32 +426,37 @@ class Run:
         with contextlib.closing(self), _interrupts() as interrupted, progress:
             if evaluate is not None and eval_first and self.step == 0:
                 progress.announce(self._log(0, evaluate()))
-            while self.step < self.steps:
+            while self.step < self.steps and not self.stopped:
                 torch.manual_seed(mix(config.seed, self.step))
                 metrics = step_fn(self.step)
                 self._check(metrics)
                 self.step += 1
                 progress.tokens += metrics.pop("tokens", 0)
-                last = self.step == self.steps
+                last = self.step == self.steps or self.stopped
                 evaluated = evaluate is not None and (
                     last or (eval_every > 0 and self.step % eval_every == 0)
                 )
                 if evaluated or last or self.step % config.log_every == 0:
                     metrics |= progress.clock()
-                    metrics |= evaluate() if evaluated else {}
-                    progress.record = self._log(self.step, metrics)
+                    found = evaluate() if evaluated else {}
+                    progress.record = self._log(self.step, metrics | found)
                     progress.restart_clock()
                 progress.update(self.step)
                 if evaluated:
-                    progress.announce(progress.record)
+                    progress.announce({k: progress.record[k] for k in ("step", *found)})
                 due = config.save_every and self.step % config.save_every == 0
-                if interrupted.is_set() or (due and not last):  # after the last comes final/
+                # After the last comes final/, but what a stopped run was at is kept too.
+                if interrupted.is_set() or self.stopped or (due and not last):
                     self._save()
                 if interrupted.is_set():
                     raise KeyboardInterrupt(
                         f"stopped after step {self.step} of {self.steps} and saved; the same "
                         "command with --resume goes on from there"
                     )
+
+    def stop(self) -> None:
+        """Ends the loop after the step that it is in, with a checkpoint of that step."""
+        self.stopped = True
 
     def finish(self) -> Path:
         """Writes final/, the last act of a run, and returns its path."""
@@ -598,8 +603,7 @@ class _Progress:
 
     def announce(self, record: Metrics) -> None:
         """A line that stays: what an evaluation found."""
-        skip = (*WALL_CLOCK, "loss", "grad_norm", "lr", "skipped_steps")
-        found = "  ".join(f"{k} {_plain(v)}" for k, v in record.items() if k not in skip)
+        found = "  ".join(f"{k} {_plain(v)}" for k, v in record.items())
         print(f"{self.title}: {found}", flush=True)
 
 

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
+import random
 from pathlib import Path
 
 import pytest
 import torch
-from toy_data import command_line
+from toy_data import command_line, read_metrics
 
-from instructcore import cli, evaluate
-from instructcore.data import Prompt
+from instructcore import cli, evaluate, ppo, pretrain
+from instructcore.config import RunConfig
+from instructcore.data import Prompt, read_prompts
 from instructcore.errors import UserError
 from instructcore.evaluate import (
     EvalConfig,
     Interval,
     Sample,
     bootstrap_interval,
+    log_ratios,
     make_judge,
     mean_kl,
     paired_bootstrap,
     sample_responses,
+    text_loss,
     wins,
 )
 from instructcore.generate import Completion, SamplingParams
-from instructcore.model import GPT, ModelConfig
+from instructcore.model import GPT, ModelConfig, load
 from instructcore.reward import response_scores
 from instructcore.tokenizer import Tokenizer
 
@@ -81,6 +87,24 @@ def test_paired_bootstrap_sees_what_unpaired_intervals_hide():
         paired_bootstrap([1.0], [])
 
 
+def test_win_rate_and_interval_against_brute_force():
+    """All 3^3 resamples of three prompts, each as likely: the bootstrap's own distribution."""
+    mine, base = [2.0, 1.0, 3.0], [1.0, 2.0, 3.0]
+    each = [1.0 if x > y else 0.5 if x == y else 0.0 for x, y in zip(mine, base, strict=True)]
+    means = sorted(sum(d) / 3 for d in itertools.product(each, repeat=3))
+    # The 2.5 % quantile is below the lightest resample's 1/27 from either end.
+    found = bootstrap_interval(wins(mine, base))
+    assert found == (0.5, means[0], means[-1]) == (0.5, 0.0, 1.0)
+    # The middle half of 10 prompts' wins, where the quantiles lie inside: exact by the binomial.
+    wide = bootstrap_interval(wins([1.0] * 8 + [0.0] * 2, [0.5] * 10))
+    chances = [math.comb(10, k) * 0.8**k * 0.2 ** (10 - k) for k in range(11)]
+    total = list(itertools.accumulate(chances))
+    low, high = (next(k for k in range(11) if total[k] > q) / 10 for q in (0.025, 0.975))
+    assert wide == pytest.approx((0.8, low, high))
+    # Paired: that every prompt is won is seen, however far the prompts' scores are apart.
+    assert bootstrap_interval(wins([1.1, 9.1, 99.1], [1.0, 9.0, 99.0])) == (1.0, 1.0, 1.0)
+
+
 def test_wins_count_ties_as_half():
     assert wins([2.0, 1.0, 3.0], [1.0, 2.0, 3.0]) == [1.0, 0.0, 0.5]
 
@@ -129,6 +153,40 @@ def test_mean_kl_equals_a_plain_computation():
     assert mean_kl(policy, reference, samples) == pytest.approx(total / 5, rel=1e-4)
     assert mean_kl(policy, policy, samples) == 0.0
     assert math.isnan(mean_kl(policy, reference, []))
+
+
+def test_kl_is_that_of_ppo():
+    """From the log-probs that rollouts come with and those that the trainer gives the reference."""
+    policy, reference = model(0), model(1)
+    drawn = sample_responses(policy, TOKENIZER, prompts(5), SamplingParams(max_tokens=4, seed=0))
+    episodes = ppo.Episodes.of(drawn, CPU)
+    with torch.no_grad():
+        ref = ppo.response_logprobs(reference, episodes, 1.0).logprobs
+    ratios = (episodes.old_logprobs - ref).double()
+    sums = [float(ratios[a:b].sum()) for a, b in itertools.pairwise(episodes.starts)]
+    assert log_ratios(policy, reference, drawn) == pytest.approx(sums, rel=1e-6)
+    assert mean_kl(policy, reference, drawn) == pytest.approx(sum(sums) / 5, rel=1e-6)
+
+
+def test_text_loss_is_the_val_loss_of_pretraining(tmp_path):
+    """The same tokens in the same windows: here those that pretrain holds out, in a file."""
+    text = "".join(random.Random(0).choices("abcd \n", k=1000))
+    (tmp_path / "all.txt").write_text(text)
+    (tmp_path / "held_out.txt").write_text(text[900:])
+    shape = ModelConfig(layers=1, heads=2, width=16, context=48)
+    settings = dict(tokenizer="bytes", val_fraction=0.1, steps=2, batch=2, window=16, model=shape)
+    final = pretrain.run(
+        pretrain.PretrainConfig(
+            (str(tmp_path / "all.txt"),),
+            **settings,
+            run=RunConfig(out=str(tmp_path / "run"), dtype="float32"),
+        )
+    )
+    expected = read_metrics(tmp_path / "run")[-1]["val_loss"]
+    held_out = [str(tmp_path / "held_out.txt")]
+    trained = load(final)
+    assert text_loss(trained, TOKENIZER, held_out, 16)[0] == expected
+    assert text_loss(trained, TOKENIZER, held_out, 48)[0] != expected
 
 
 # ---- Judges
@@ -233,7 +291,7 @@ def test_table_and_json(folder, tmp_path, capsys):
     first, second, third = evaluate.run(config, judge=spread)
     assert first["win_rate"] == Interval(0.5, 0.5, 0.5) and "kl" not in first
     assert third["score"] == first["score"] and third["win_rate"].mean == 0.5
-    assert third["kl"] == 0.0 and second["kl"] > 0
+    assert third["kl"] == Interval(0.0, 0.0, 0.0) and second["kl"].low > 0
     assert 0 <= second["eos_rate"] <= 1 and 1 <= second["length"] <= 6
     assert first["loss"] == pytest.approx(plain_loss(TOKENIZER.prompt_ids), rel=1e-4)
     saved = json.loads((tmp_path / "found.json").read_text())
@@ -254,6 +312,51 @@ def test_evaluation_is_greedy(folder, monkeypatch):
     names, data = (str(folder / "a"), str(folder / "b")), str(folder / "pairs.jsonl")
     evaluate.run(EvalConfig(checkpoints=names, data=data, max_tokens=3, seed=0), judge=spread)
     assert seen == [0.0, 0.0, 1.0]
+
+
+def test_the_alignment_tax_and_another_reference(folder, tmp_path):
+    a, b, base = (str(folder / name) for name in ("a", "b", "base"))
+    files = {"data": str(folder / "prompts.txt"), "text": (str(folder / "prompts.txt"),)}
+    config = EvalConfig((base, b), **files, window=8, reference=a, max_tokens=4, dtype="float32")
+    first, second = evaluate.run(config)
+    assert first["text_loss"] == text_loss(load(base), TOKENIZER, files["text"], 8)[0]
+    assert first["tax"] == 0 and second["tax"] == second["text_loss"] - first["text_loss"] != 0
+    assert first["kl"].mean == 0 < second["kl"].mean  # base and a are the same weights
+    ours, theirs, draw = load(b).eval(), load(a).eval(), SamplingParams(max_tokens=4, seed=0)
+    drawn = sample_responses(ours, TOKENIZER, read_prompts(files["data"]), draw)
+    assert second["kl"].mean == pytest.approx(mean_kl(ours, theirs, drawn))  # at temperature 1
+    # Another tokenizer reads other tokens: their losses cannot be compared, nor a KL taken.
+    other = Tokenizer.train(["say 1\nsay 2\n"] * 20, 262)
+    model(tokenizer=other).save(tmp_path / "other", other)
+    config = EvalConfig((a, str(tmp_path / "other")), **files, max_tokens=2)
+    _, row = evaluate.run(config)
+    assert row["tax"] is None and row["text_loss"] > 0 and "kl" not in row
+
+
+def test_command_line(folder, tmp_path, monkeypatch, capsys):
+    """Toy models from the command line to the table and the file, judged by a reward model."""
+    monkeypatch.chdir(tmp_path)
+    model().to_scalar_head().save(tmp_path / "reward", TOKENIZER)
+    flags = ["--data", str(folder / "pairs.jsonl"), "--judge", "reward", "--max-tokens", "4"]
+    flags += ["--text", str(folder / "prompts.txt"), "--out", "found.json", "--dtype", "float32"]
+    assert cli.main(["eval", str(folder / "a"), str(folder / "b"), *flags]) == 0
+    assert set(os.listdir()) == {"reward", "found.json"}  # nothing half written
+    printed = capsys.readouterr().out
+    for word in ("score", "win", "eos", "length", "loss", "tax", "kl", "95 % intervals"):
+        assert word in printed
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["temperature"] == 0 and found["judge"] == "reward" and found["n"] == 8
+    first, second = found["rows"]
+    assert first["win_rate"]["mean"] == 0.5 and first["tax"] == 0 and "kl" not in first
+    judge = make_judge("reward", TOKENIZER, CPU, torch.float32)
+    greedy = SamplingParams(max_tokens=4, temperature=0.0)
+    said = []
+    for name in ("a", "b"):
+        m = load(folder / name).eval()
+        said.append(judge(sample_responses(m, TOKENIZER, read_prompts(flags[1]), greedy)))
+    assert second["score"]["mean"] == pytest.approx(sum(said[1]) / 8, rel=1e-4)
+    assert second["win_rate"]["mean"] == sum(wins(said[1], said[0])) / 8
+    assert second["kl"]["low"] <= second["kl"]["mean"] <= second["kl"]["high"]
 
 
 def plain_loss(prompt_ids) -> float:
@@ -310,22 +413,32 @@ def test_messages_without_a_response_are_prompts_alone(folder, tmp_path):
         (tmp_path / "chat.jsonl").write_text(json.dumps(record))
         files = {"checkpoints": (str(folder / "a"),), "data": str(tmp_path / "chat.jsonl")}
         (row,) = evaluate.run(EvalConfig(**files, max_tokens=2))
-        assert (row["loss"] is not None) == known
+        assert ("loss" in row) == known
 
 
 def test_without_judge_or_references(folder):
     files = {"checkpoints": (str(folder / "a"),), "data": str(folder / "prompts.txt")}
     (row,) = evaluate.run(EvalConfig(**files, limit=3, max_tokens=3, temperature=1.0))
-    assert "score" not in row and row["loss"] is None and row["length"] <= 3
+    assert not {"score", "loss", "text_loss", "kl"} & row.keys() and row["length"] <= 3
 
 
 def test_rejects(folder, tmp_path):
     ok = {"checkpoints": (str(folder / "a"),), "data": str(folder / "prompts.txt")}
     (tmp_path / "there.json").write_text("{}")
+    files = ok["data"]
     model().to_scalar_head().save(tmp_path / "scalar", TOKENIZER)
+    other = Tokenizer.train(["hello there, hello words"] * 20, 270)
+    model(tokenizer=other).save(tmp_path / "other", other)
     for changes, message in (
         ({"checkpoints": ()}, "needs a checkpoint"),
         ({"data": ""}, "--data is missing"),
+        ({"window": 8}, "--window needs --text"),
+        ({"text": (files,), "window": 49}, "--window must fit the context 48 of .*a, got 49"),
+        ({"text": (str(tmp_path / "none.txt"),)}, "none.txt"),
+        ({"reference": str(tmp_path / "none")}, "no checkpoint at"),
+        ({"reference": str(tmp_path / "scalar")}, "is a reward model: it cannot answer"),
+        ({"reference": str(tmp_path / "other")}, "no KL: .*a has other tokens than .*other"),
+        ({"judge": "json:nothing"}, "cannot load the function json:nothing"),
         ({"max_tokens": 0}, r"--max-tokens must be in \[1, inf\), got 0"),
         ({"out": str(tmp_path / "there.json")}, "there.json exists already"),
         ({"out": str(tmp_path / "no" / "there.json")}, "no such directory"),
@@ -336,3 +449,5 @@ def test_rejects(folder, tmp_path):
         with pytest.raises(UserError, match=message):
             evaluate.run(EvalConfig(**ok | changes))
     assert (tmp_path / "there.json").read_text() == "{}"
+    with pytest.raises(UserError, match="the judge's scores must be finite"):
+        evaluate.run(EvalConfig(**ok), lambda p, r, c: [math.nan] * len(p))

@@ -1060,7 +1060,7 @@ def test_a_run_prints_every_value_that_no_flag_sets(folder, tmp_path, capsys):
     assert "preset instructgpt: weight_decay 0.0 (our choice)" in printed
     assert not [name for name in arguments if f"preset instructgpt: {name} " in printed]
     lines = [line.split()[3] for line in printed.splitlines() if ": preset instructgpt: " in line]
-    apart = {"algorithm", "pretrain_data", *flatten(RunConfig()), *arguments}
+    apart = {"algorithm", "pretrain_data", "held_out", *flatten(RunConfig()), *arguments}
     assert sorted(lines) == sorted(flatten(settings()).keys() - apart)
     saved = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
     assert saved["kl_coef"] == 0.05 and saved["ptx_coef"] == 27.8 and "given" not in saved

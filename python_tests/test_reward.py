@@ -130,12 +130,34 @@ def test_encode_reads_prompt_marker_response_eos(capsys):
 
 
 def test_accuracy_and_its_interval():
-    # 3 of 4 and 1 of 2 right: p = 4 / 6; residuals 3 − 8/3 and 1 − 4/3, both 1/3 in size.
-    p, low, high = accuracy([3, 1], [4, 2])
-    half = 1.96 * math.sqrt(2 / 9 * 2) / 6
-    assert (p, low, high) == pytest.approx((2 / 3, 2 / 3 - half, 2 / 3 + half))
-    assert accuracy([2, 2], [2, 2]) == (1.0, 1.0, 1.0)
-    assert accuracy([1], [2])[0] == 0.5
+    """Wilson's interval: its ends q solve (p − q)² = z² q (1 − q) / n."""
+
+    def wilson(p: float, n: float) -> list[float]:
+        a, b, c = 1 + 1.96**2 / n, -2 * p - 1.96**2 / n, p * p
+        root = math.sqrt(b * b - 4 * a * c)
+        return [(-b - root) / (2 * a), (-b + root) / (2 * a)]
+
+    # 7 of 10 over 5 prompts of 2 pairs: residuals 2 − 1.4 (three times), 1 − 1.4, 0 − 1.4, whose
+    # squares add up to 3.2; v = 5 / 4 · 3.2 / 100 = 0.04, as of n = 0.21 / 0.04 pairs.
+    p, low, high = accuracy([2, 2, 2, 1, 0], [2] * 5)
+    assert (p, low, high) == pytest.approx((0.7, *wilson(0.7, 5.25)))
+    # Prompts that agree more than chance would have it prove no more than all pairs do.
+    assert accuracy([3, 3], [4, 4]) == pytest.approx((0.75, *wilson(0.75, 8)))
+    # All right: as sure as the number of prompts allows, 2 of 2, and never beyond 1.
+    assert accuracy([2, 2], [2, 2]) == pytest.approx((1.0, 2 / (2 + 1.96**2), 1.0))
+    assert accuracy([0.0], [3]) == pytest.approx((0.0, 0.0, 1.96**2 / (1 + 1.96**2)))
+
+
+def test_the_interval_holds_what_it_says():
+    """Of 400 samples of 40 prompts with 6 dependent pairs each, 95 % hold the true share, 0.8."""
+    draw = torch.Generator().manual_seed(0)
+    easy = torch.rand(400, 40, 1, generator=draw) < 0.5  # half the prompts at 0.98, half at 0.62
+    chance = torch.where(easy, 0.98, 0.62).expand(400, 40, 6)
+    right = torch.bernoulli(chance, generator=draw).sum(-1).tolist()
+    held = sum(low <= 0.8 <= high for _, low, high in (accuracy(r, [6] * 40) for r in right))
+    # 380 expected; a binomial deviation of 4.4 either way, three of them. Pairs taken as
+    # independent hold it 331 times.
+    assert 366 <= held <= 394
 
 
 def test_evaluate_counts_every_pair_and_half_of_equal_scores():
