@@ -90,3 +90,16 @@ def test_gradients_of_two_losses():
     del first
     again = torch.autograd.grad(cross_entropy(logits, targets), logits)[0]
     assert torch.equal(again, copy)
+
+
+def test_a_large_gradient_compiles():
+    """Where the loss is scaled, too: torch allocates what its graph computes."""
+    logits = torch.randn(64, 32000, requires_grad=True)
+    targets = torch.randint(0, 32000, (64,))
+
+    def loss(x):
+        return 3 * cross_entropy(x, targets)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    (found,) = torch.autograd.grad(compiled(logits), logits)
+    assert torch.equal(found, torch.autograd.grad(loss(logits), logits)[0])

@@ -203,7 +203,9 @@ _cross_entropy_backward = register(
 
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """gradient * factor, without a pass where the factor is known to be 1."""
-    if gradient.is_cpu and not torch.compiler.is_compiling() and factor.item() == 1.0:
+    if torch.compiler.is_compiling():
+        return gradient * factor
+    if gradient.is_cpu and factor.item() == 1.0:
         return gradient
     return torch.mul(gradient, factor, out=reused_pages(torch.empty_like(gradient)))
 
