@@ -35,12 +35,13 @@ void one_token(const RotaryArgs& a, int64_t n) {
 
 template <class T>
 void all_tokens(const RotaryArgs& a) {
-  int64_t heads = 1;
+  int64_t heads = 0;
   for (const RotaryPart& part : a.parts) heads += part.heads;
   // About 32K elements are 20 us.
-  parallel_rows(a.rows, 32768 / (heads * a.dim) + 1, a.threads, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) one_token<T>(a, n);
-  });
+  parallel_rows(a.rows, 32768 / (heads * a.dim + 1) + 1, a.threads,
+                [&](int64_t begin, int64_t end) {
+                  for (int64_t n = begin; n < end; ++n) one_token<T>(a, n);
+                });
 }
 
 }  // namespace

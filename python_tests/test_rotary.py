@@ -17,6 +17,7 @@ SHAPES = {
     (300, 4, 2, 64): "more tokens than a piece holds",
     (3, 2, 2, 70): "a tail of three pairs",
     (0, 2, 1, 16): "no tokens",
+    (3, 2, 1, 0): "no pairs",
 }
 
 
