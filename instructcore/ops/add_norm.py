@@ -35,14 +35,14 @@ def add_norm_reference(
     return total, (y if bias is None else y + bias.to(t.dtype)).to(dtype or x.dtype)
 
 
-def _allocate(
+def _check(
     x: Tensor,
     branch: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     eps: float,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> None:
     op = "add_norm"
     check_float(op, x=x, branch=branch)
     check_dtype(op, torch.float32, weight=weight, bias=bias)
@@ -55,6 +55,10 @@ def _allocate(
     check_shape(op, x.shape, branch=branch)
     check_shape(op, (x.shape[1],), weight=weight, bias=bias)
     check_device(op, x, branch=branch, weight=weight, bias=bias)
+
+
+def _allocate(x, branch, weight, bias, eps, dtype):
+    _check(x, branch, weight, bias, eps, dtype)
     return (
         x.new_empty(x.shape if branch is not None else (0,), dtype=torch.float32),
         x.new_empty(x.shape, dtype=dtype),
@@ -76,7 +80,7 @@ def _by_torch(x, branch, weight, bias, eps, dtype):
 
 def _run(x, branch, weight, bias, eps, dtype):
     if x.is_cuda:
-        _allocate(x, branch, weight, bias, eps, dtype)
+        _check(x, branch, weight, bias, eps, dtype)
         return _by_torch(x, branch, weight, bias, eps, dtype)
     total, y, stats = _allocate(x, branch, weight, bias, eps, dtype)
     _C.add_norm(
