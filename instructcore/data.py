@@ -319,6 +319,12 @@ def _undecodable_line(path: Path) -> int:
         return next((n for n, line in lines if line.decode(errors="ignore").encode() != line), 0)
 
 
+def read_jsonl(path: Path) -> list[Any]:
+    """The value of every line of a file that this package wrote."""
+    with path.open(encoding="utf-8") as file:  # not splitlines: texts may hold U+2028
+        return [json.loads(line) for line in file]
+
+
 def _is_jsonl(path: Path) -> bool:
     """By its name, or else because it begins as a JSON object does."""
     if path.suffix.lower() in (".jsonl", ".ndjson", ".json"):

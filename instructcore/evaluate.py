@@ -38,7 +38,7 @@ from .model import GPT, load
 from .pretrain import held_out_loss
 from .reward import response_scores
 from .tokenizer import Tokenizer
-from .train import choose_device, choose_dtype, mix, resolve_checkpoint
+from .train import choose_device, choose_dtype, mix, resolve_checkpoint, write_whole
 
 RESAMPLES = 2000
 SCORED_AT_ONCE = 64  # sequences per forward
@@ -352,15 +352,9 @@ def run(config: EvalConfig, judge: RewardFunction | None = None) -> list[dict[st
     _print_table(rows, f"{len(prompts)} prompts of {config.data}")
     if config.out:
         plain = [{k: getattr(v, "_asdict", lambda v=v: v)() for k, v in r.items()} for r in rows]
-        _write_json(Path(config.out), {**flatten(config), "n": len(prompts), "rows": plain})
+        record = {**flatten(config), "n": len(prompts), "rows": plain}
+        write_whole(Path(config.out), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     return rows
-
-
-def _write_json(path: Path, value: Any) -> None:
-    """Writes a file that is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def _print_table(rows: list[dict[str, Any]], title: str) -> None:

@@ -28,18 +28,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from .config import check, check_options, option
-from .data import Prompt, read_prompts
+from .data import Prompt, read_jsonl, read_prompts
 from .evaluate import Sample, make_judge, sample_responses
 from .generate import SamplingParams
 from .tokenizer import Tokenizer
-from .train import Metrics, Run
+from .train import Metrics, Run, write_whole
 
 if TYPE_CHECKING:
     from .ppo import PPO, PPOConfig
@@ -235,13 +234,10 @@ class Guard:
     def _write_samples(self, done: int) -> None:
         """Greedy answers after `done` iterations, in place of those of a run cut short."""
         path, samples = self.run.directory / "samples.jsonl", self._answer(self.shown)
-        rows = [json.loads(line) for line in path.open(encoding="utf-8")] if path.exists() else []
+        rows = read_jsonl(path) if path.exists() else []
         rows = [row for row in rows if row["step"] < done]
         for sample, score in zip(samples, self.ppo.judge(samples), strict=True):
             row = {"step": done, "prompt": sample.prompt.text, "response": sample.completion.text}
             row |= {"score": score, "ended": sample.ended, "held_out": bool(self.held_out)}
             rows.append(row)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        temporary.write_text("".join(lines), encoding="utf-8")
-        temporary.replace(path)
+        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -481,15 +481,17 @@ class PPO:
     def loss(self, part: Episodes, normalizer: Tensor | float) -> tuple[Tensor, ops.PPOStats]:
         """The loss of a micro-batch."""
         config, in_loss = self.config, self.config.kl_in == "loss"
+        fitted = {}
+        if self.critic is not None:
+            fitted = {"values": state_values(self.critic, part), "old_values": part.values}
+            fitted |= {"returns": part.returns}
         new = response_logprobs(self.policy, part, config.temperature, entropy=True)
         return ops.ppo_loss(
             new.logprobs,
             part.old_logprobs,
             part.advantages,
             part.states,
-            values=state_values(self.critic, part) if self.critic is not None else None,
-            old_values=part.values if self.critic is not None else None,
-            returns=part.returns if self.critic is not None else None,
+            **fitted,
             entropy=new.entropy.detach(),
             ref_logprobs=part.ref_logprobs if in_loss else None,
             weights=part.weights if config.importance_cap else None,

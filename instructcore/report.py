@@ -13,6 +13,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from .data import read_jsonl
+
 STAGES = {"base": "pre-trained", "sft": "SFT", "ppo": "PPO"}
 COLORS = {"base": "#9aa5b1", "sft": "#4c78a8", "ppo": "#e4572e"}
 
@@ -90,7 +92,7 @@ def write(out: Path, summary: dict[str, Any], shown: dict[str, Any]) -> Path:
 
 def write_ppo(run: Path) -> Path:
     """Writes run/report.html from metrics.jsonl, samples.jsonl and the final checkpoint."""
-    metrics, samples = _lines(run / "metrics.jsonl"), _lines(run / "samples.jsonl")
+    metrics, samples = read_jsonl(run / "metrics.jsonl"), read_jsonl(run / "samples.jsonl")
     trainer = json.loads((run / "final" / "state" / "trainer.json").read_text("utf-8"))
     alarms = trainer["extra"]["guard"]["alarms"]
     settings = json.loads((run / "config.json").read_text("utf-8"))["settings"]
@@ -219,11 +221,6 @@ def _images(figures: dict[str, str]) -> str:
     )
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:  # not splitlines: texts may hold U+2028
-        return [json.loads(line) for line in file]
-
-
 def _png(figure: Any) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
@@ -300,7 +297,7 @@ def _figures(out: Path, summary: dict[str, Any], shown: dict[str, Any]) -> dict[
     """Title -> PNG in base64."""
 
     def curve(axis: Any, run: str, metric: str, title: str, color: str) -> None:
-        _curve(axis, _lines(out / run / "metrics.jsonl"), metric, title, color)
+        _curve(axis, read_jsonl(out / run / "metrics.jsonl"), metric, title, color)
 
     losses, axes = _panels(3, 3)
     curve(axes[0], "pretrain", "loss", "pre-training: loss, nats per token", COLORS["base"])

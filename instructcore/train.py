@@ -269,6 +269,13 @@ def _temporary(path: Path) -> Path:
     return temporary
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is there whole or not at all."""
+    temporary = _temporary(path)
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
 def _remove(directory: Path) -> None:
     """Removes a checkpoint, under another name first: half of one is never seen as one."""
     shutil.rmtree(directory.rename(_temporary(directory.with_name(f"{directory.name}.old"))))
@@ -383,9 +390,8 @@ class Run:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         versions = {"instructcore": __version__, "torch": torch.__version__}
         record = {"stage": self.stage, "settings": self.settings, "versions": versions}
-        temporary = _temporary(self.directory / "config.json")
-        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
-        temporary.replace(self.directory / "config.json")  # the first trace of a run
+        text = json.dumps(record, indent=1, ensure_ascii=False)
+        write_whole(self.directory / "config.json", text)  # the first trace of a run
         checkpoints.mkdir(exist_ok=True)
         _truncate_metrics(metrics, self.step if newest is not None else -1)
         self._metrics = metrics.open("a", encoding="utf-8")
