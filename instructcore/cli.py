@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -39,6 +40,7 @@ COMMANDS = {
     "serve": Command("serve", "ServeConfig", "run", "serve a checkpoint, OpenAI-compatible"),
     "quickstart": Command("quickstart", "QuickstartConfig", "run", "all stages on bundled data"),
 }
+TRAINED = ("pretrain", "sft", "reward", "dpo", "ppo")  # on several processes, too
 
 
 class _Parser(argparse.ArgumentParser):
@@ -85,6 +87,8 @@ def _dispatch(arguments: list[str]) -> int:
     if name not in COMMANDS:
         raise UserError(f"no command {name!r}; there are {', '.join(COMMANDS)}")
     command = COMMANDS[name]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and name not in TRAINED:
+        raise UserError(f"`{name}` runs in one process; torchrun is for {', '.join(TRAINED)}")
     module = _load(name, command.module)
     config_class = getattr(module, command.config)
     parser = make_parser(name, command.help, config_class)

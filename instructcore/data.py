@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +35,12 @@ from .tokenizer import Tokenizer
 IGNORED = -100  # the target of a token without loss
 MAX_DROPPED = 0.2  # a larger share of over-long rows is an error, not a loss to be borne
 Paths = str | Path | Sequence[str | Path]
+T = TypeVar("T")
+
+
+def pieces(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Consecutive pieces of `size` items, the last one perhaps shorter."""
+    return (items[first : first + size] for first in range(0, len(items), size))
 
 
 class Turn(NamedTuple):

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,9 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
+from . import ops, parallel
 from .config import OptimConfig, RunConfig, check, check_divides, check_options, group, option
-from .data import EpochOrder, Packed, pack, read_comparisons
+from .data import EpochOrder, Packed, pack, pieces, read_comparisons
 from .model import GPT, load
 from .pretrain import to_device
 from .reward import Ranking, encode, order_accuracy, pairs_end_to_end
@@ -123,6 +124,7 @@ def run(config: DPOConfig) -> Path:
     run, seed = Run.open("dpo", config), config.run.seed
     if run.finished:
         return run.final
+    micro_batch = parallel.micro_batch_size(config.micro_batch, config.batch)
     path = resolve_checkpoint(config.init, "sft")
     tokenizer = Tokenizer.load(path)
     policy, reference = (load(path, dtype=run.dtype, device=run.device) for _ in range(2))
@@ -142,7 +144,6 @@ def run(config: DPOConfig) -> Path:
         f"--batch must be at most the {len(rankings)} prompts to train on, got {config.batch}",
     )
     order, steps = EpochOrder(len(rankings), seed), config.epochs * len(rankings) // config.batch
-    size = config.micro_batch or config.batch
     optimizer = AdamW(policy, config.optim)
     run.start(TrainState({"": policy}, {"": optimizer}, tokenizer), steps)
 
@@ -150,14 +151,13 @@ def run(config: DPOConfig) -> Path:
         chosen, figures = [rankings[i] for i in order.batch(index, config.batch)], []
 
         def losses() -> Iterator[Tensor]:
-            for begin in range(0, config.batch, size):
-                part = chosen[begin : begin + size]
+            for part in parallel.share(pieces(chosen, micro_batch)):
                 found = batch_loss(policy, reference, part, config.batch, config)
                 figures.append(found.figures)
                 yield found.loss
 
         metrics = optimise(optimizer, config.optim, index, steps, losses())
-        metrics |= zip(FIGURES, sum(figures).tolist(), strict=True)
+        metrics |= zip(FIGURES, parallel.total(sum(figures)).tolist(), strict=True)
         return metrics | {"tokens": sum(len(row) for ranking in chosen for row in ranking.rows)}
 
     with reference.frozen():
@@ -221,11 +221,13 @@ def evaluate(
     policy: GPT, reference: GPT, rankings: Sequence[Ranking], config: DPOConfig
 ) -> Metrics:
     """Held-out loss, and how well the rewards order the pairs."""
-    loss, rewards, size = 0.0, [], config.micro_batch or config.batch
+    parts = list(pieces(rankings, parallel.micro_batch_size(config.micro_batch, config.batch)))
+
+    def measure(part: Sequence[Ranking]) -> tuple[float, list[float]]:
+        found = batch_loss(policy, reference, part, len(rankings), config)
+        return float(found.loss), found.rewards.tolist()
+
     with policy.frozen():
-        for begin in range(0, len(rankings), size):
-            part = rankings[begin : begin + size]
-            found = batch_loss(policy, reference, part, len(rankings), config)
-            loss += float(found.loss)
-            rewards += found.rewards.tolist()
-    return {"val_loss": loss} | order_accuracy(rankings, rewards)
+        found = parallel.everywhere(measure, parts)
+    losses, rewards = zip(*found, strict=True)
+    return {"val_loss": sum(losses)} | order_accuracy(rankings, chain.from_iterable(rewards))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -63,6 +63,12 @@ class Episodes:
         names = [f.name for f in fields(self) if f.name != "starts"]
         return Episodes(starts, **{name: getattr(self, name)[index] for name in names})
 
+    def put(self, rows: Sequence[int], found: dict[str, Tensor]) -> None:
+        """Sets tensors, by name, at the positions of these episodes."""
+        index = self.index(rows)
+        for name, tensor in found.items():
+            getattr(self, name)[index] = tensor.to(index.device)
+
     @property
     def lengths(self) -> list[int]:
         return [end - first for first, end in itertools.pairwise(self.starts)]
@@ -97,8 +103,3 @@ def check_same(episodes: Episodes, drawn: Tensor) -> None:
         f"the generator, but {float(episodes.old_logprobs[at])!r} from the trainer; {len(differ)} "
         f"of {int(episodes.mask.sum())} differ"
     )
-
-
-def split(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """Consecutive parts of `order`, of `size` each."""
-    return (order[first : first + size] for first in range(0, len(order), size))

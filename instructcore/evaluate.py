@@ -16,12 +16,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from . import parallel
 from .config import check, check_new_file, check_options, flatten, option
 from .data import (
     Prompt,
@@ -29,6 +31,7 @@ from .data import (
     encode_demonstrations,
     is_demonstration,
     pack,
+    pieces,
     read_demonstrations,
     read_prompts,
 )
@@ -117,9 +120,18 @@ def sample_responses(
     each = [params] * len(ids)
     if params.seed is not None:
         each = [replace(params, seed=mix(params.seed, i)) for i in range(len(ids))]
-    completions = generator.generate(ids, each)
+
+    def answer(part: Sequence[int]) -> list[Completion]:
+        return generator.generate([ids[i] for i in part], [each[i] for i in part])
+
+    completions = chain.from_iterable(parallel.everywhere(answer, parallel.chunks(range(len(ids)))))
     asked = [pair for pair in zip(prompts, ids, strict=True) for _ in range(params.n)]
     return [Sample(*pair, c) for pair, c in zip(asked, completions, strict=True)]
+
+
+def score_samples(judge: Judge, samples: Sequence[Sample]) -> list[float]:
+    """The judge's scores, of which each process asks for its share: a run of samples."""
+    return list(chain.from_iterable(parallel.everywhere(judge, parallel.chunks(samples))))
 
 
 def log_ratios(policy: GPT, reference: GPT, samples: Sequence[Sample]) -> list[float]:
@@ -149,8 +161,7 @@ def reference_loss(model: GPT, tokenizer: Tokenizer, path: str, limit: int = 0) 
     demonstrations = read_demonstrations([path])[: limit or None]
     context, marked = model.config.context, is_instructed(model)
     rows = encode_demonstrations(demonstrations, tokenizer, context, "error", marked=marked)
-    parts = (pack(rows[i : i + SCORED_AT_ONCE]) for i in range(0, len(rows), SCORED_AT_ONCE))
-    return held_out_loss(model, parts)
+    return held_out_loss(model, map(pack, pieces(rows, SCORED_AT_ONCE)))
 
 
 def text_loss(
@@ -244,7 +255,7 @@ class ModelJudge:
         longest, context = max(map(len, rows), default=0), self.model.config.context
         where = f"the context of {context} tokens of {self.name}"
         check(longest <= context, f"prompt and response must fit {where}, got {longest}")
-        parts = (rows[i : i + SCORED_AT_ONCE] for i in range(0, len(rows), SCORED_AT_ONCE))
+        parts = pieces(rows, SCORED_AT_ONCE)
         with torch.no_grad(), self.model.frozen():
             return [s for part in parts for s in response_scores(self.model, part).tolist()]
 

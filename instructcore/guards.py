@@ -33,9 +33,10 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
+from . import parallel
 from .config import check, check_options, option
 from .data import Prompt, read_jsonl, read_prompts
-from .evaluate import Sample, make_judge, sample_responses
+from .evaluate import Sample, make_judge, sample_responses, score_samples
 from .generate import SamplingParams
 from .tokenizer import Tokenizer
 from .train import Metrics, Run, write_whole
@@ -200,7 +201,7 @@ class Guard:
 
     def evaluate(self) -> Metrics:
         """The second judge's score of the held-out prompts, after `run.step` iterations."""
-        scores = self.judge(self._answer(self.held_out))
+        scores = score_samples(self.judge, self._answer(self.held_out))
         check(all(map(math.isfinite, scores)), "the scores of --guard-reward must be finite")
         level, is_best = self.alarms.compare(self.run.step, scores)
         if is_best and self.stops:
@@ -233,10 +234,15 @@ class Guard:
 
     def _write_samples(self, done: int) -> None:
         """Greedy answers after `done` iterations, in place of those of a run cut short."""
-        path, samples = self.run.directory / "samples.jsonl", self._answer(self.shown)
+        samples = self._answer(self.shown)
+        scores = score_samples(self.ppo.judge, samples)
+        parallel.first(lambda: self._replace_samples(done, samples, scores))
+
+    def _replace_samples(self, done: int, samples: list[Sample], scores: list[float]) -> None:
+        path = self.run.directory / "samples.jsonl"
         rows = read_jsonl(path) if path.exists() else []
         rows = [row for row in rows if row["step"] < done]
-        for sample, score in zip(samples, self.ppo.judge(samples), strict=True):
+        for sample, score in zip(samples, scores, strict=True):
             row = {"step": done, "prompt": sample.prompt.text, "response": sample.completion.text}
             row |= {"score": score, "ended": sample.ended, "held_out": bool(self.held_out)}
             rows.append(row)

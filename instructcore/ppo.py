@@ -36,7 +36,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import ops, report
+from . import ops, parallel, report
 from .config import (
     OptimConfig,
     RunConfig,
@@ -48,9 +48,17 @@ from .config import (
     option,
     options,
 )
-from .data import EpochOrder, Prompt, TokenStream, read_prompts, report_dropped
-from .episodes import Episodes, check_same, split
-from .evaluate import Judge, ModelJudge, RewardFunction, Sample, make_judge, sample_responses
+from .data import EpochOrder, Prompt, TokenStream, pieces, read_prompts, report_dropped
+from .episodes import Episodes, check_same
+from .evaluate import (
+    Judge,
+    ModelJudge,
+    RewardFunction,
+    Sample,
+    make_judge,
+    sample_responses,
+    score_samples,
+)
 from .generate import SamplingParams
 from .guards import Guard, GuardConfig
 from .model import GPT, load
@@ -315,7 +323,9 @@ class PPO:
         self.judge, self.tokenizer, self.text = judge, tokenizer, text
         self.prompts, self.prompt_order = prompts, EpochOrder(len(prompts), self.seed)
         self.device = policy.embed.device
-        self.micro_batch = config.micro_batch or config.minibatch
+        self.micro_batch = parallel.micro_batch_size(
+            config.micro_batch, config.minibatch, "minibatch"
+        )
         models, self.optims = {"": policy}, {"": config.optim}
         if critic is not None:
             models["critic"] = critic
@@ -335,7 +345,7 @@ class PPO:
         orders = [self.order(step, epoch) for epoch in range(config.inner_epochs)]
         metrics = self.assess(episodes, orders[0])
         metrics |= self.estimate(episodes, samples, scores)
-        minibatches = [rows for order in orders for rows in split(order, config.minibatch)]
+        minibatches = [rows for order in orders for rows in pieces(order, config.minibatch)]
         updates = [
             self.update(step, step * len(minibatches) + i, episodes, rows)
             for i, rows in enumerate(minibatches)
@@ -362,7 +372,7 @@ class PPO:
 
     def score(self, samples: Sequence[Sample]) -> Tensor:
         """The judge's scores (B,); one that is not finite stops the run before it does harm."""
-        scores = self.judge(samples)
+        scores = score_samples(self.judge, samples)
         for sample, value in zip(samples, scores, strict=True):
             check(
                 math.isfinite(value),
@@ -387,19 +397,25 @@ class PPO:
         config = self.config
         again = config.strict or config.importance_cap > 0 or self.device.type == "cuda"
         drawn = episodes.old_logprobs.clone()
+
+        def measure(rows: Sequence[int]) -> dict[str, Tensor]:
+            part = episodes.take(rows)
+            ref = response_logprobs(self.reference, part, config.temperature)
+            found = {"ref_logprobs": ref.logprobs}
+            if self.critic is not None:
+                found["values"] = state_values(self.critic, part)
+            if again:
+                old = response_logprobs(self.policy, part, config.temperature)
+                found["old_logprobs"] = old.logprobs
+            return {name: tensor.cpu() for name, tensor in found.items()}
+
         with contextlib.ExitStack() as stack:
             for model in (self.policy, self.reference, self.critic):
                 if model is not None:
                     stack.enter_context(model.frozen())
-            for rows in split(order, self.micro_batch):
-                part, index = episodes.take(rows), episodes.index(rows)
-                ref = response_logprobs(self.reference, part, config.temperature)
-                episodes.ref_logprobs[index] = ref.logprobs
-                if self.critic is not None:
-                    episodes.values[index] = state_values(self.critic, part)
-                if again:
-                    old = response_logprobs(self.policy, part, config.temperature)
-                    episodes.old_logprobs[index] = old.logprobs
+            parts = list(pieces(order, self.micro_batch))
+            for rows, found in zip(parts, parallel.everywhere(measure, parts), strict=True):
+                episodes.put(rows, found)
         if config.strict:
             check_same(episodes, drawn)
         if not again:
@@ -512,7 +528,7 @@ class PPO:
         packed = self.text.batch(number, seed, config.ptx_batch, config.ptx_context)
         count = count_targets(packed)
         windows = -(-config.ptx_batch * self.micro_batch // config.minibatch)
-        for part in micro_batches(packed, windows * config.ptx_context):
+        for part in parallel.share(micro_batches(packed, windows * config.ptx_context)):
             yield next_token_loss(self.policy, to_device(part, self.device), count)
 
     def update(
@@ -524,8 +540,9 @@ class PPO:
         """
         config = self.config
         normalizer = self.normalizer(episodes.take(rows))
-        total, sums, ptx = 0.0, 0.0, 0.0
-        for micro in split(rows, self.micro_batch):
+        total, ptx = torch.zeros(2, device=self.device).unbind()
+        sums = 0.0
+        for micro in parallel.share(pieces(rows, self.micro_batch)):
             loss, stats = self.loss(episodes.take(micro), normalizer)
             loss.backward()
             total, sums = total + loss.detach(), sums + stats.sums
@@ -533,6 +550,7 @@ class PPO:
             for loss in self.pretrain_losses(number):
                 (config.ptx_coef * loss).backward()
                 ptx = ptx + loss.detach()
+        total, ptx, sums = map(parallel.total, (total, ptx, sums))
         norms = {
             name: apply_gradients(
                 self.state.optimizers[name], learning_rate(o, step, config.steps), o.grad_clip
@@ -617,7 +635,8 @@ def run(config: PPOConfig, reward: RewardFunction | None = None) -> Path:
     if config.export_ema:
         ppo.export_average()
     final = run.finish()
-    print(f"ppo: wrote {report.write_ppo(run.directory)}", flush=True)
+    page = parallel.first(lambda: report.write_ppo(run.directory))
+    print(f"ppo: wrote {page}", flush=True)
     return final
 
 

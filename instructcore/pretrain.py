@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, parallel
 from .config import (
     OptimConfig,
     RunConfig,
@@ -47,13 +47,13 @@ def next_token_loss(model: GPT, packed: Packed, count: int) -> Tensor:
 def held_out_loss(model: GPT, batches: Iterable[Packed]) -> float:
     """Mean loss over all targets of all batches, in nats per token."""
     model.eval()
-    total, count = torch.zeros((), dtype=torch.float64), 0
+    total, count = torch.zeros(2, dtype=torch.float64).unbind()
     with model.frozen():
-        for packed in batches:
+        for packed in parallel.share(batches):
             packed = to_device(packed, model.embed.device)
             total += next_token_loss(model, packed, 1).double().cpu()
             count += count_targets(packed)
-    return float(total) / max(1, count)
+    return float(parallel.total(total)) / max(1, int(parallel.total(count)))
 
 
 def count_targets(packed: Packed) -> int:
@@ -118,6 +118,7 @@ def run(config: PretrainConfig) -> Path:
     run = Run.open("pretrain", config)
     if run.finished:
         return run.final
+    micro_batch = parallel.micro_batch_size(config.micro_batch, config.batch)
     model, tokenizer = _model(config, run)
     context, window = model.config.context, config.window or model.config.context
     check(window <= context, f"--window must be at most the context of {context}, got {window}")
@@ -130,10 +131,9 @@ def run(config: PretrainConfig) -> Path:
     def step(index: int) -> Metrics:
         model.train()
         packed = train.batch(index, config.run.seed, config.batch, window)
-        packed = to_device(packed, run.device)
         tokens, count = len(packed.tokens), count_targets(packed)
-        size = (config.micro_batch or config.batch) * window
-        losses = (next_token_loss(model, part, count) for part in micro_batches(packed, size))
+        parts = parallel.share(micro_batches(packed, micro_batch * window))
+        losses = (next_token_loss(model, to_device(part, run.device), count) for part in parts)
         return optimise(optimizer, config.optim, index, config.steps, losses) | {"tokens": tokens}
 
     def evaluate() -> Metrics:
@@ -164,7 +164,9 @@ def _model(config: PretrainConfig, run: Run) -> tuple[GPT, Tokenizer]:
     if config.tokenizer == "bytes":
         tokenizer = Tokenizer.bytes()
     elif config.tokenizer == "bpe":
-        tokenizer = Tokenizer.train(read_documents(config.data), config.vocab_size)
+        tokenizer = parallel.first(
+            lambda: Tokenizer.train(read_documents(config.data), config.vocab_size)
+        )
     else:
         tokenizer = Tokenizer.load(config.tokenizer)
     shape = replace(config.model, vocab_size=tokenizer.vocab_size)

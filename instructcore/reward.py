@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,12 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import parallel
 from .config import OptimConfig, RunConfig, check, check_divides, check_options, group, option
 from .data import (
     Comparison,
     EpochOrder,
     encode_demonstrations,
     pack,
+    pieces,
     read_comparisons,
     read_demonstrations,
     report_dropped,
@@ -149,6 +152,7 @@ def run(config: RewardConfig) -> Path:
     run, seed = Run.open("reward", config), config.run.seed
     if run.finished:
         return run.final
+    micro_batch = parallel.micro_batch_size(config.micro_batch, config.batch)
     path = resolve_checkpoint(config.init, "sft")
     tokenizer, trunk = Tokenizer.load(path), load(path, dtype=run.dtype, device=run.device)
     tokenizer.add_specials()
@@ -175,15 +179,14 @@ def run(config: RewardConfig) -> Path:
 
     def step(index: int) -> Metrics:
         chosen = [rankings[i] for i in order.batch(index, config.batch)]
-        size = config.micro_batch or config.batch
-        parts = [chosen[begin : begin + size] for begin in range(0, config.batch, size)]
+        parts = parallel.share(pieces(chosen, micro_batch))
         losses = (batch_loss(model, part, config.batch)[0] for part in parts)
         metrics = optimise(optimizer, config.optim, index, steps, losses)
         return metrics | {"tokens": sum(len(row) for ranking in chosen for row in ranking.rows)}
 
     run.loop(
         step,
-        evaluate=(lambda: evaluate(model, held_out, config.batch)) if held_out else None,
+        evaluate=(lambda: evaluate(model, held_out, micro_batch)) if held_out else None,
         eval_every=config.eval_every,
     )
     model.score_bias -= mean_score(model, good)
@@ -232,14 +235,15 @@ def batch_loss(model: GPT, rankings: Sequence[Ranking], prompts: int) -> tuple[T
 @torch.no_grad()
 def evaluate(model: GPT, rankings: Sequence[Ranking], batch: int) -> Metrics:
     """Held-out loss, and how well the scores order the pairs."""
-    loss, scores = 0.0, []
+
+    def measure(part: Sequence[Ranking]) -> tuple[float, list[float]]:
+        loss, scores = batch_loss(model, part, len(rankings))
+        return float(loss), scores.tolist()
+
     with model.frozen():
-        for begin in range(0, len(rankings), batch):
-            part = rankings[begin : begin + batch]
-            part_loss, part_scores = batch_loss(model, part, len(rankings))
-            loss += float(part_loss)
-            scores += part_scores.tolist()
-    return {"val_loss": loss} | order_accuracy(rankings, scores)
+        found = parallel.everywhere(measure, list(pieces(rankings, batch)))
+    losses, scores = zip(*found, strict=True)
+    return {"val_loss": sum(losses)} | order_accuracy(rankings, chain.from_iterable(scores))
 
 
 def order_accuracy(rankings: Sequence[Ranking], scores: Iterable[float]) -> Metrics:
@@ -257,5 +261,6 @@ def order_accuracy(rankings: Sequence[Ranking], scores: Iterable[float]) -> Metr
 def mean_score(model: GPT, rows: list[list[int]], batch: int = 64) -> float:
     """The mean score of whole sequences, `batch` of them at a time."""
     with model.frozen():
-        parts = [response_scores(model, rows[i : i + batch]) for i in range(0, len(rows), batch)]
-    return float(torch.cat(parts).double().mean())
+        parts = list(pieces(rows, batch))
+        found = parallel.everywhere(lambda part: response_scores(model, part).cpu(), parts)
+    return float(torch.cat(found).double().mean())

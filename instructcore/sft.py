@@ -12,10 +12,19 @@ from pathlib import Path
 
 import torch
 
+from . import parallel
 from .config import OptimConfig, RunConfig, check, check_divides, check_options, group, option
-from .data import EpochOrder, Packed, TokenStream, encode_demonstrations, pack, read_demonstrations
+from .data import (
+    EpochOrder,
+    Packed,
+    TokenStream,
+    encode_demonstrations,
+    pack,
+    pieces,
+    read_demonstrations,
+)
 from .model import load
-from .pretrain import count_targets, held_out_loss, next_token_loss, to_device
+from .pretrain import count_targets, held_out_loss, micro_batches, next_token_loss, to_device
 from .tokenizer import Tokenizer
 from .train import AdamW, Metrics, Run, TrainState, mix, optimise, resolve_checkpoint
 
@@ -81,6 +90,7 @@ def run(config: SFTConfig) -> Path:
     run, seed = Run.open("sft", config), config.run.seed
     if run.finished:
         return run.final
+    micro_batch = parallel.micro_batch_size(config.micro_batch, config.batch)
     path = resolve_checkpoint(config.init, "pretrain")
     tokenizer, model = Tokenizer.load(path), load(path, dtype=run.dtype, device=run.device)
     tokenizer.add_specials()
@@ -111,25 +121,23 @@ def run(config: SFTConfig) -> Path:
     def batches(index: int) -> Iterator[Packed]:
         """The micro-batches of a step."""
         chosen = [rows[i] for i in order.batch(index, config.batch)]
-        size = config.micro_batch or config.batch
-        for begin in range(0, config.batch, size):
-            yield to_device(pack(chosen[begin : begin + size]), run.device)
+        yield from map(pack, pieces(chosen, micro_batch))
         windows = int((index + 1) * windows_per_step) - int(index * windows_per_step)
         if text is not None and windows:
-            yield to_device(text.batch(index, seed, windows, window), run.device)
+            each = -(-windows // parallel.world())
+            yield from micro_batches(text.batch(index, seed, windows, window), each * window)
 
     def step(index: int) -> Metrics:
         model.train()
         parts = list(batches(index))
         count = sum(count_targets(part) for part in parts)
-        losses = (next_token_loss(model, part, count) for part in parts)
+        own = (to_device(part, run.device) for part in parallel.share(parts))
+        losses = (next_token_loss(model, part, count) for part in own)
         metrics = optimise(optimizer, config.optim, index, steps, losses)
         return metrics | {"tokens": sum(len(part.tokens) for part in parts)}
 
     def evaluate() -> Metrics:
-        size = config.micro_batch or config.batch
-        parts = (pack(held_out[i : i + size]) for i in range(0, len(held_out), size))
-        return {"val_loss": held_out_loss(model, parts)}
+        return {"val_loss": held_out_loss(model, map(pack, pieces(held_out, micro_batch)))}
 
     run.loop(
         step,

@@ -22,13 +22,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from . import __version__
+from . import __version__, parallel
 from .config import OptimConfig, RunConfig, check, check_writable, flatten
 from .errors import UserError
 from .model import GPT, load
@@ -127,10 +127,12 @@ class AdamW:
 def update(optimizer: AdamW, lr: float, grad_clip: float) -> float:
     """One optimiser step from the gradients at hand, which it clips first and clears after.
 
-    Returns the norm before the clip. Where it is not finite, nothing but the gradients changes: the
-    step is skipped. Reading the norm is the one wait for the device in a step.
+    The gradients are the sums of those at hand in all processes. Returns their norm before the
+    clip. Where it is not finite, nothing but the gradients changes: the step is skipped. Reading
+    the norm is the one wait for the device in a step.
     """
     parameters = [p for p in optimizer.parameters.values() if p.grad is not None]
+    parallel.sum_gradients([p.grad for p in parameters])
     total = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     norm = float(total)
     if math.isfinite(norm):
@@ -144,14 +146,19 @@ def update(optimizer: AdamW, lr: float, grad_clip: float) -> float:
 def optimise(
     optimizer: AdamW, optim: OptimConfig, step: int, steps: int, losses: Iterable[Tensor]
 ) -> Metrics:
-    """A whole step: the gradients of `losses`, one per micro-batch, are summed, then applied."""
-    loss: Tensor | float = 0.0
-    for part in losses:
-        part.backward()
-        loss = loss + part.detach()
+    """A whole step: the gradients of `losses`, one per micro-batch, are summed, then applied.
+
+    The losses are this process's; the loss returned is that of all.
+    """
+    loss = sum(_backward(part) for part in losses)
     lr = learning_rate(optim, step, steps)
     norm = update(optimizer, lr, optim.grad_clip)
-    return {"loss": float(loss), "grad_norm": norm, "lr": lr}
+    return {"loss": float(parallel.total(loss)), "grad_norm": norm, "lr": lr}
+
+
+def _backward(loss: Tensor) -> Tensor:
+    loss.backward()
+    return loss.detach()
 
 
 def choose_device(name: str) -> torch.device:
@@ -196,10 +203,12 @@ class TrainState:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def save(self, directory: str | Path, stage: str, step: int, steps: int) -> None:
-        """Writes the checkpoint atomically, replacing one of that name."""
+        """Writes the checkpoint atomically, replacing one of that name; all processes wait."""
+        parallel.first(lambda: self._write(Path(directory), stage, step, steps))
+
+    def _write(self, directory: Path, stage: str, step: int, steps: int) -> None:
         from safetensors.torch import save_file
 
-        directory = Path(directory)
         temporary = _temporary(directory)
         state = temporary / "state"
         state.mkdir(parents=True)
@@ -334,11 +343,14 @@ class Run:
         self.stage, self.directory = stage, Path(config.run.out)
         self.device = choose_device(config.run.device)
         self.dtype = choose_dtype(config.run.dtype, self.device)
+        parallel.begin(self.device)
         chosen = {"device": self.device.type, "dtype": str(self.dtype).removeprefix("torch.")}
         self.config: RunConfig = replace(config.run, **chosen)
         self.settings = flatten(replace(config, run=self.config))
         self.final = self.directory / "final"
         self.step, self.steps, self.finished, self.stopped = 0, 0, False, False
+        self._metrics: TextIO | None = None  # of the first process alone, as is what follows
+        self._tensorboard: Any = None
 
     @classmethod
     def open(cls, stage: str, config: Any) -> Run:
@@ -349,22 +361,26 @@ class Run:
         """
         check(bool(config.run.out), "--out is missing: the directory of the run")
         run = cls(stage, config)
-        out = run.directory
+        run.finished = parallel.first(run._is_finished)
+        return run
+
+    def _is_finished(self) -> bool:
+        out = self.directory
         check(not out.exists() or out.is_dir(), f"--out {out} is not a directory")
         traces = ("config.json", "metrics.jsonl", "checkpoints", "final", "model.safetensors")
         if not any((out / name).exists() for name in traces):
-            check_writable(config.run.out)
-            return run
+            check_writable(self.config.out)
+            return False
         check(
-            config.run.resume,
+            self.config.resume,
             f"{out} already holds a run or a model: add --resume to go on with a run, "
             "or choose another --out",
         )
-        run._compare_settings()
-        run.finished = is_complete(run.final)
-        if run.finished:
-            print(f"{out}: the run is finished, nothing to resume; its model is {run.final}")
-        return run
+        self._compare_settings()
+        finished = is_complete(self.final)
+        if finished:
+            print(f"{out}: the run is finished, nothing to resume; its model is {self.final}")
+        return finished
 
     def _compare_settings(self) -> None:
         out, saved = self.directory, _read_json(self.directory / "config.json")
@@ -379,12 +395,17 @@ class Run:
     def start(self, state: TrainState, steps: int) -> None:
         """Begins the run of `steps` steps, or restores its newest complete checkpoint."""
         self.state, self.steps = state, steps
-        checkpoints, metrics = self.directory / "checkpoints", self.directory / "metrics.jsonl"
-        newest = newest_checkpoint(self.directory) if self.config.resume else None
+        newest = None
+        if self.config.resume:
+            newest = parallel.first(lambda: newest_checkpoint(self.directory))
         if newest is not None:
             trainer = state.load(newest)
             self.step, before = trainer["step"], trainer["steps"]
             check(before == steps, f"--resume with other data: {steps} steps, {before} before")
+        parallel.first(lambda: self._open_files(newest))
+
+    def _open_files(self, newest: Path | None) -> None:
+        checkpoints, metrics = self.directory / "checkpoints", self.directory / "metrics.jsonl"
         self.directory.mkdir(parents=True, exist_ok=True)
         for leftover in (*self.directory.glob(".*.tmp"), *checkpoints.glob(".*.tmp")):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -429,11 +450,12 @@ class Run:
         """
         config = self.config
         progress = _Progress(self.stage, self.step, self.steps, ("loss", *show))
+        own = (parallel.rank(),) if parallel.rank() else ()  # each process draws its own dropout
         with contextlib.closing(self), _interrupts() as interrupted, progress:
             if evaluate is not None and eval_first and self.step == 0:
                 progress.announce(self._log(0, evaluate()))
             while self.step < self.steps and not self.stopped:
-                torch.manual_seed(mix(config.seed, self.step))
+                torch.manual_seed(mix(config.seed, self.step, *own))
                 metrics = step_fn(self.step)
                 self._check(metrics)
                 self.step += 1
@@ -452,9 +474,10 @@ class Run:
                     progress.announce({k: progress.record[k] for k in ("step", *found)})
                 due = config.save_every and self.step % config.save_every == 0
                 # After the last comes final/, but what a stopped run was at is kept too.
-                if interrupted.is_set() or self.stopped or (due and not last):
+                interrupt = parallel.any_of(interrupted.is_set())
+                if interrupt or self.stopped or (due and not last):
                     self._save()
-                if interrupted.is_set():
+                if interrupt:
                     raise KeyboardInterrupt(
                         f"stopped after step {self.step} of {self.steps} and saved; the same "
                         "command with --resume goes on from there"
@@ -472,8 +495,9 @@ class Run:
 
     def close(self) -> None:
         """Ends the metrics; `loop` does so when it ends, however it ends."""
-        os.fsync(self._metrics.fileno())
-        self._metrics.close()
+        if self._metrics is not None:
+            os.fsync(self._metrics.fileno())
+            self._metrics.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
 
@@ -502,15 +526,20 @@ class Run:
             if self._tensorboard is not None and finite:
                 tag = name if "/" in name else f"{self.stage}/{name}"
                 self._tensorboard.add_scalar(tag, value, step)
-        self._metrics.write(json.dumps(record) + "\n")
-        self._metrics.flush()
+        if self._metrics is not None:
+            self._metrics.write(json.dumps(record) + "\n")
+            self._metrics.flush()
         return record
 
     def _save(self) -> None:
         """Writes checkpoints/step-N, then drops the oldest beyond `keep`."""
-        os.fsync(self._metrics.fileno())
+        if self._metrics is not None:
+            os.fsync(self._metrics.fileno())
         path = self.directory / "checkpoints" / f"step-{self.step}"
         self.state.save(path, self.stage, self.step, self.steps)
+        parallel.first(self._drop_old)
+
+    def _drop_old(self) -> None:
         for old in checkpoints_of(self.directory)[: -self.config.keep]:
             _remove(old)
 
