@@ -35,6 +35,7 @@ import numpy as np
 import torch
 
 HERE = Path(__file__).resolve()
+DTYPES = ("float32", "bfloat16")  # of ours
 
 
 def command(*words: object, cwd: Path | None = None) -> str:
@@ -61,9 +62,10 @@ def metrics(run: Path) -> list[dict]:
 SHAPE = {"layers": 4, "heads": 4, "width": 128, "context": 64, "batch": 12}
 
 
-def pretrain_ours(text: Path, steps: int, out: Path) -> float:
+def pretrain_ours(text: Path, steps: int, dtype: str, out: Path) -> float:
     options = [x for name, value in SHAPE.items() for x in (f"--{name}", value)]
-    options += ["--tokenizer", "bytes", "--steps", steps, "--save-every", 0, "--out", out]
+    options += ["--tokenizer", "bytes", "--steps", steps, "--dtype", dtype]
+    options += ["--save-every", 0, "--out", out]
     command(sys.executable, "-m", "instructcore", "pretrain", "--data", text, *options)
     return [m["val_loss"] for m in metrics(out) if "val_loss" in m][-1]
 
@@ -96,12 +98,14 @@ def pretrain_nanogpt(checkout: Path, steps: int, compiled: bool) -> float:
 def pretrain(options: argparse.Namespace, scratch: Path) -> list[dict]:
     checkout = prepare_nanogpt(options.nanogpt, options.text, scratch / "nanogpt")
     runs = iter(range(1_000_000))
-    variants = {
-        "ours": lambda: pretrain_ours(
-            options.text.resolve(), options.steps, scratch / f"run{next(runs)}"
-        ),
-        "nanoGPT": lambda: pretrain_nanogpt(checkout, options.steps, False),
-    }
+    variants: dict[str, Callable[[], float]] = {}
+    for dtype in DTYPES:
+        variants["ours" if dtype == "float32" else f"ours, {dtype}"] = lambda dtype=dtype: (
+            pretrain_ours(
+                options.text.resolve(), options.steps, dtype, scratch / f"run{next(runs)}"
+            )
+        )
+    variants["nanoGPT"] = lambda: pretrain_nanogpt(checkout, options.steps, False)
     if options.compiled:
         variants["nanoGPT, compiled"] = lambda: pretrain_nanogpt(checkout, options.steps, True)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
@@ -209,7 +213,7 @@ def sft(options: argparse.Namespace, scratch: Path) -> list[dict]:
     init, data = sft_checkpoint(options.pairs, scratch)
     runs = iter(range(1_000_000))
     variants: dict[str, Callable[[], float]] = {}
-    for dtype in ("float32", "bfloat16"):
+    for dtype in DTYPES:
         variants["ours" if dtype == "float32" else f"ours, {dtype}"] = lambda dtype=dtype: sft_ours(
             init, data, options.steps, dtype, scratch / f"run{next(runs)}"
         )
