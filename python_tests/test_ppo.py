@@ -524,7 +524,7 @@ def test_step_zero_is_exact(family, micro_batch):
     metrics = ppo.estimate(episodes, samples, torch.zeros(8))
     assert metrics["objective/kl"] == 0.0
     rows = order[:4]
-    for micro in ppo_module.split(rows, ppo.micro_batch):
+    for micro in ppo_module.pieces(rows, ppo.micro_batch):
         part = episodes.take(micro)
         new = ppo_module.response_logprobs(ppo.policy, part, 1.0)
         assert_same_bits(new.logprobs.detach(), part.old_logprobs)
