@@ -1,4 +1,4 @@
-// gae on the CPU: a row is one serial chain, rows run in parallel.
+// gae on the CPU: rows run in parallel, sixteen steps of one at a time.
 #include "gae.h"
 #include "gae_row.h"
 #include "parallel.h"

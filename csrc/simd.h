@@ -240,6 +240,18 @@ IC_INLINE Vec swap_neighbours(Vec a) {
   return r;
 }
 
+// Lanes n, n + 1, .. 15, then zeros.
+template <int n>
+IC_INLINE Vec shift_down(Vec a) {
+  const Lanes x = lanes_of(a);
+  const Lanes y =
+      __builtin_shufflevector(x, Lanes{}, n, n + 1, n + 2, n + 3, n + 4, n + 5, n + 6, n + 7, n + 8,
+                              n + 9, n + 10, n + 11, n + 12, n + 13, n + 14, n + 15);
+  Vec r;
+  __builtin_memcpy(&r, &y, sizeof r);
+  return r;
+}
+
 // Lanes 0, 0, 1, 1, .. 7, 7.
 IC_INLINE Vec repeat_each(Vec a) {
   const Lanes x = lanes_of(a);

@@ -74,6 +74,33 @@ def test_matches_reference(device, dtype, shape, layout, isa):
         assert_close(a, b, c, name=name)
 
 
+@pytest.mark.parametrize("flags", ["few", "none"])
+def test_long_runs_between_flags(device, dtype, isa, flags):
+    rewards, values, mask, dones, bootstrap = inputs((6, 700), dtype, device)
+    mask, dones = torch.rand(2, *mask.shape, device=device) < 1 / 64
+    options = {"gamma": GAMMA_LONG, "lambda_": LAMBDA_LONG, "bootstrap": bootstrap}
+    if flags == "few":
+        options |= {"mask": ~mask, "dones": dones}
+    ours = gae(rewards, values, **options)
+    native = gae_reference(rewards, values, **options)
+    truth = gae_reference(rewards.double(), values.double(), **options)
+    for a, b, c, name in zip(ours, native, truth, ("advantages", "returns"), strict=True):
+        assert_close(a, b, c, name=name)
+
+
+@pytest.mark.parametrize(("left", "right"), [(0, 1), (3, 0), (5, 37)])
+def test_padding_changes_no_bit(left, right, isa):
+    rewards, values, *_ = inputs((4, 100))
+    dones = torch.rand(4, 100) > 0.98
+    mask = torch.rand(4, 100) > 0.02
+    alone = gae(rewards, values, mask, gamma=GAMMA, lambda_=LAMBDA, dones=dones)
+    padded = [torch.nn.functional.pad(x, (left, right)) for x in (rewards, values, mask, dones)]
+    rewards, values, mask, dones = padded
+    found = gae(rewards, values, mask, gamma=GAMMA, lambda_=LAMBDA, dones=dones)
+    for a, b in zip(alone, found, strict=True):
+        assert_same_bits(b[:, left : left + 100], a)
+
+
 def test_packed_equals_each_row_alone(device):
     lengths = [5, 0, 1, 33, 12]
     cu = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
