@@ -25,8 +25,10 @@ What differs is put into the call below, where its number stands; the comparison
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +91,7 @@ class Case:
 
 def assert_golden(ours: Tensor, native: Tensor, exact: Tensor, truth: Tensor, name: str) -> None:
     """`exact`, our reference in float64, is TRL's `truth`; and so is `ours` by the house's rule."""
-    error = float((exact.cpu() - truth).abs().max())
+    error = float((exact.detach().cpu() - truth).abs().max())
     assert error <= 1e-12 * float(truth.abs().max()), f"{name}: {error:.3e} off"
     assert_close(ours, native, truth, name=name)
 
@@ -174,3 +176,269 @@ def test_losses_and_gradients_are_trls(case, device):
     exact, _ = whole(ppo_loss_reference, torch.float64)
     for name, truth in theirs.items():
         assert_golden(ours[name], native[name], exact[name], truth, name)
+
+
+# ---- Random configurations, against loops over their tokens
+
+SEEDS, PER_SEED = 12, 100
+
+
+@dataclass
+class Row:
+    """An episode: arrays over its steps, of which `mask` says which count."""
+
+    mask: list[bool]
+    dones: list[bool]
+    given: dict[str, np.ndarray]  # float32, NaN where masked
+    score: float
+    score_index: int
+    bootstrap: float
+
+
+@dataclass
+class Configuration:
+    rows: list[Row]
+    targets: dict  # settings of ppo_advantage
+    losses: dict  # settings of ppo_loss
+    has_values: bool
+    has_dones: bool
+    has_score_index: bool
+    has_bootstrap: bool
+    packed: bool
+
+
+def choose(draw: np.random.Generator, *values):
+    return values[draw.integers(len(values))]
+
+
+def random_row(draw: np.random.Generator) -> Row:
+    n, share = choose(draw, 0, 1, 1, 2, 3, 7, 16, 33), choose(draw, 0.0, 0.5, 0.8, 1.0)
+    mask = draw.random(n) < share
+    given = {name: draw.normal(size=n) for name in ("old_logprobs", "advantages", "old_values")}
+    given["logprobs"] = given["old_logprobs"] + draw.normal(size=n) * choose(draw, 0.0, 0.2, 0.6)
+    given["values"] = given["old_values"] + draw.normal(size=n) * choose(draw, 0.0, 0.2, 1.0)
+    for name in ("ref_logprobs", "returns", "entropy"):
+        given[name] = draw.normal(size=n)
+    given["weights"] = draw.uniform(0.5, 2.0, n)
+    given = {name: np.where(mask, x, np.nan).astype(np.float32) for name, x in given.items()}
+    dones, at = draw.random(n) < 0.1, int(draw.integers(-1, n)) if n else -1
+    score, bootstrap = (float(np.float32(x)) for x in draw.normal(size=2))
+    return Row(mask.tolist(), dones.tolist(), given, score, at, bootstrap)
+
+
+def random_configuration(draw: np.random.Generator) -> Configuration:
+    targets = {
+        "kl_coef": choose(draw, 0.0, 0.02, 0.5),
+        "gamma": choose(draw, 0.0, 0.9, 1.0),
+        "lambda_": choose(draw, 0.0, 0.5, 0.95, 1.0),
+        "reward_clip": choose(draw, None, 0.5),
+        "whiten_rewards": choose(draw, False, True),
+        "whiten": choose(draw, False, True),
+        "unbiased": choose(draw, False, True),
+    }
+    aggregate = choose(draw, "token", "sequence", "constant")
+    losses = {
+        "clip_range": choose(draw, 0.0625, 0.25),
+        "clip_range_high": choose(draw, None, 0.375),
+        "dual_clip": choose(draw, None, 1.5),
+        "value_clip_range": choose(draw, None, 0.25),
+        "value_coef": choose(draw, 0.1, 1.0),
+        "entropy_coef": choose(draw, 0.0, 0.01),
+        "kl_coef": choose(draw, 0.0, 0.05),
+        "aggregate": aggregate,
+        "normalizer": 37.0 if aggregate == "constant" else choose(draw, None, 5.0),
+    }
+    rows = [random_row(draw) for _ in range(draw.integers(0, 6))]
+    return Configuration(rows, targets, losses, *(bool(x) for x in draw.integers(0, 2, 5)))
+
+
+def whitened(x: list, real: type, keep_mean: bool, unbiased: bool) -> list:
+    """(x − mean) / √(variance + 1e-8), and the mean again if kept."""
+    n = len(x)
+    if n < 2:
+        return x
+    mean = sum(x, real(0)) / real(n)
+    variance = sum(((y - mean) ** 2 for y in x), real(0)) / real(n - unbiased)
+    return [(y - mean) / np.sqrt(variance + real(1e-8)) + (mean if keep_mean else 0) for y in x]
+
+
+def targets_by_hand(c: Configuration, real: type) -> dict[str, list]:
+    """Rewards, advantages and returns of the unmasked tokens, one after another, in type `real`."""
+    s, steps = c.targets, []
+    for row in c.rows:
+        kept = [t for t, m in enumerate(row.mask) if m]
+        paid_at = row.score_index if c.has_score_index else kept[-1] if kept else None
+        bound = s["reward_clip"]
+        score = row.score if bound is None else min(max(row.score, -bound), bound)
+        old, ref = (row.given[x].astype(real) for x in ("old_logprobs", "ref_logprobs"))
+        for t in kept:
+            reward = -real(s["kl_coef"]) * (old[t] - ref[t])
+            steps.append(reward + real(score) if t == paid_at else reward)
+    rewards, gamma, lambda_ = steps, real(s["gamma"]), real(s["lambda_"])
+    if s["whiten_rewards"]:
+        rewards = whitened(rewards, real, True, s["unbiased"])
+    advantages, returns, end = [], [], 0
+    for row in c.rows:
+        first, end = end, end + sum(row.mask)
+        value = real(row.bootstrap if c.has_bootstrap else 0)
+        advantage, left, of_row = real(0), list(rewards[first:end]), []
+        for t in reversed(range(len(row.mask))):
+            if c.has_dones and row.dones[t]:
+                value, advantage = real(0), real(0)
+            if row.mask[t]:
+                before = real(row.given["old_values"][t])
+                delta = left.pop() + gamma * value - before
+                advantage = delta + gamma * lambda_ * advantage
+                value = before
+                of_row.append((advantage, advantage + before))
+        advantages += [a for a, _ in reversed(of_row)]
+        returns += [r for _, r in reversed(of_row)]
+    if s["whiten"]:
+        advantages = whitened(advantages, real, False, s["unbiased"])
+    return {"rewards": rewards, "advantages": advantages, "returns": returns}
+
+
+def losses_by_hand(c: Configuration, real: type) -> tuple[dict[str, list], float]:
+    """Losses and gradients in type `real`, and how far the nearest token is from any kink."""
+    s, margin = c.losses, math.inf
+    low, high = 1 - s["clip_range"], 1 + (s["clip_range_high"] or s["clip_range"])
+    counts = [sum(row.mask) for row in c.rows]
+    total = {"token": sum(counts), "sequence": sum(n > 0 for n in counts)}.get(s["aggregate"])
+    normalizer = real(s["normalizer"] or max(total, 1))
+    found = {x: [] for x in ("d_logprobs", "d_values", "d_entropy")}
+    loss, policy_loss, value_loss = real(0), real(0), real(0)
+    for row, count in zip(c.rows, counts, strict=True):
+        given = {name: x.astype(real) for name, x in row.given.items()}
+        for t in (t for t, m in enumerate(row.mask) if m):
+            x = {name: array[t] for name, array in given.items()}
+            a = x["advantages"]
+            ratio = np.exp(x["logprobs"] - x["old_logprobs"])
+            policy, clipped = -ratio * a, -min(max(ratio, real(low)), real(high)) * a
+            slope = policy  # by the log-probability: that of exp is itself
+            if clipped > policy:
+                policy, slope = clipped, real(0)
+            kinks = [ratio - low, ratio - high]
+            if s["dual_clip"] and a < 0:
+                kinks.append(ratio - s["dual_clip"])
+                if policy > -real(s["dual_clip"]) * a:
+                    policy, slope = -real(s["dual_clip"]) * a, real(0)
+            policy, slope = policy * x["weights"], slope * x["weights"]
+            value, value_slope, error = real(0), real(0), x["values"] - x["returns"]
+            if c.has_values:
+                value, value_slope = error**2 / 2, error
+                step, bound = x["values"] - x["old_values"], s["value_clip_range"]
+                kinks.append(1.0 if bound is None else abs(step) - bound)
+                if bound is not None and abs(step) > bound:
+                    error = x["old_values"] + np.sign(step) * real(bound) - x["returns"]
+                    kinks.append(error**2 / 2 - value)
+                    if error**2 / 2 > value:
+                        value, value_slope = error**2 / 2, real(0)
+            away = x["ref_logprobs"] - x["logprobs"]
+            k3, k3_slope = np.exp(away) - 1 - away, 1 - np.exp(away)
+            share = 1 / normalizer / real(count if s["aggregate"] == "sequence" else 1)
+            kl, value_coef, bonus = (real(s[n]) for n in ("kl_coef", "value_coef", "entropy_coef"))
+            loss += share * (policy + value_coef * value - bonus * x["entropy"] + kl * k3)
+            policy_loss, value_loss = policy_loss + policy, value_loss + value
+            found["d_logprobs"].append(share * (slope + kl * k3_slope))
+            found["d_values"].append(share * value_coef * value_slope)
+            found["d_entropy"].append(-share * bonus)
+            margin = min(margin, *map(abs, kinks))
+    found |= {"loss": [loss], "policy_loss": [policy_loss], "value_loss": [value_loss]}
+    return found, margin
+
+
+@functools.cache
+def configurations(seed: int) -> list[Configuration]:
+    """Without those where a rounding would decide which side of a kink a token is on."""
+    draw, found = np.random.default_rng(seed), []
+    while len(found) < PER_SEED:
+        drawn = random_configuration(draw)
+        if losses_by_hand(drawn, np.float64)[1] > 1e-5:
+            found.append(drawn)
+    return found
+
+
+def by_kernels(c: Configuration, device: str) -> dict[str, Tensor]:
+    longest = max((len(row.mask) for row in c.rows), default=0)
+
+    def lay(arrays: list, fill, dtype: torch.dtype) -> Tensor:
+        """Rows end to end, or padded to the longest."""
+        rows = [torch.from_numpy(np.asarray(x)).to(dtype) for x in arrays]
+        if not c.packed:
+            rows = [torch.cat([x, x.new_full((longest - len(x),), fill)]) for x in rows]
+            return (
+                torch.stack(rows).to(device) if rows else torch.zeros(0, 4, dtype=dtype).to(device)
+            )
+        return torch.cat([torch.zeros(0, dtype=dtype), *rows]).to(device)
+
+    def of_rows(wanted: bool, name: str, dtype: torch.dtype) -> Tensor | None:
+        values = [getattr(row, name) for row in c.rows]
+        return torch.tensor(values, dtype=dtype, device=device) if wanted else None
+
+    names = list(random_row(np.random.default_rng(0)).given)
+    x = {n: lay([row.given[n] for row in c.rows], math.nan, torch.float32) for n in names}
+    mask = lay([row.mask for row in c.rows], False, torch.bool)
+    starts = np.cumsum([0, *(len(row.mask) for row in c.rows)])
+    packing = {"cu_seqlens": torch.tensor(starts, dtype=torch.int32, device=device)}
+    packing = packing if c.packed else {}
+    targets = ppo_advantage(
+        of_rows(True, "score", torch.float32),
+        *(x["old_logprobs"], x["ref_logprobs"], x["old_values"], mask),
+        dones=lay([row.dones for row in c.rows], False, torch.bool) if c.has_dones else None,
+        score_index=of_rows(c.has_score_index, "score_index", torch.int64),
+        bootstrap=of_rows(c.has_bootstrap, "bootstrap", torch.float32),
+        **packing,
+        **c.targets,
+    )
+    leaves = {name: x[name].requires_grad_() for name in ("logprobs", "values", "entropy")}
+    critic = ("values", "old_values", "returns")
+    given = {name: y for name, y in x.items() if c.has_values or name not in critic}
+    loss, stats = ppo_loss(mask=mask, **given, **packing, **c.losses)
+    found = {"loss": loss} | {name: stats.total(name) for name in ("policy_loss", "value_loss")}
+    if c.rows:
+        loss.backward()
+    for name, leaf in leaves.items():
+        gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        assert not gradient[~mask].any()
+        found[f"d_{name}"] = gradient[mask]
+    for name in ("rewards", "advantages", "returns"):
+        assert not getattr(targets, name)[~mask].any()
+        found[name] = getattr(targets, name)[mask]
+    return found
+
+
+def by_hand(c: Configuration, real: type) -> dict[str, list]:
+    return targets_by_hand(c, real) | losses_by_hand(c, real)[0]
+
+
+@pytest.mark.kernel("ppo_loss")
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_random_configurations(seed, device):
+    """All of a seed at once: the rule's maxima would be chance over a token or two."""
+    drawn = configurations(seed)
+    ours = [by_kernels(c, device) for c in drawn]
+    native, truth = ([by_hand(c, real) for c in drawn] for real in (np.float32, np.float64))
+    for name in ours[0]:
+        flat = [np.array([y for x in xs for y in x[name]]) for xs in (native, truth)]
+        assert [x.dtype for x in flat] == [np.float32, np.float64]
+        mine = torch.cat([x[name].detach().reshape(-1) for x in ours])
+        assert_close(mine, *map(torch.from_numpy, flat), name=name)
+
+
+def test_random_configurations_have_everything():
+    drawn = [c for seed in range(SEEDS) for c in configurations(seed)]
+    masks = [row.mask for c in drawn for row in c.rows]
+    holes = sum(any(m) and not all(m[m.index(True) : len(m) - m[::-1].index(True)]) for m in masks)
+    assert len(drawn) >= 1000 and holes >= 100
+    for few in (
+        [m for m in masks if not m],
+        [m for m in masks if len(m) == 1],
+        [m for m in masks if sum(m) == 1],
+        [m for m in masks if m and not any(m)],
+        [c for c in drawn if not c.rows],
+        [c for c in drawn if c.rows and not any(any(row.mask) for row in c.rows)],
+    ):
+        assert len(few) >= 20
+    for settings in ([c.targets for c in drawn], [c.losses for c in drawn]):
+        for name in settings[0]:
+            assert len({s[name] for s in settings}) > 1, f"{name} is always the same"
