@@ -34,12 +34,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from tolerance import assert_close
 from torch import Tensor
 
 from instructcore.data import Prompt
 from instructcore.episodes import Episodes
 from instructcore.evaluate import Sample
+from instructcore.model import GPT, load
 from instructcore.ops import (
     ppo_advantage,
     ppo_advantage_reference,
@@ -48,12 +50,22 @@ from instructcore.ops import (
     whiten_advantages,
     whiten_advantages_reference,
 )
-from instructcore.ppo import penalise_missing_eos
+from instructcore.ppo import (
+    PPO,
+    PPOConfig,
+    penalise_missing_eos,
+    response_logprobs,
+    state_values,
+)
+from instructcore.reward import response_scores
 from instructcore.scheduler import Completion
 
 TRL = np.load(Path(__file__).parent / "fixtures" / "trl_ppo.npz")
 NOTE = json.loads(str(TRL["note"]))
 CASES = NOTE["cases"]
+# Our names of what a loss takes from the rollouts, and TRL's of the same in two places.
+OLD = {"old_logprobs": "logprobs", "old_values": "values"}
+OLD |= {"advantages": "advantages", "returns": "returns"}
 
 
 def trl(name: str) -> Tensor:
@@ -96,33 +108,45 @@ def assert_golden(ours: Tensor, native: Tensor, exact: Tensor, truth: Tensor, na
     assert_close(ours, native, truth, name=name)
 
 
+def targets(case: str, op, whiten, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """TRL's numbers by these two functions: scores (B,), and the rest at the states."""
+    said, golden = CASES[case], Case(case)
+    mask, states = (x.to(device) for x in (golden.episodes.mask, golden.episodes.states))
+    raw, penalty = trl(f"{case}/raw_scores").to(dtype), said["missing_eos_penalty"] or 0.0
+    scores = penalise_missing_eos(raw, golden.ended, "subtract", penalty).to(device)
+    given = (trl(f"{case}/{x}").to(dtype) for x in ("logprobs", "ref_logprobs", "values"))
+    found = op(
+        scores,
+        *(golden.pack(x).to(device) for x in given),
+        states,
+        kl_coef=said["kl_coef"],
+        gamma=said["gamma"],
+        lambda_=said["lam"],
+        cu_seqlens=golden.episodes.cu_seqlens.to(device),
+        whiten_rewards=said["whiten_rewards"],
+        whiten=False,
+        unbiased=True,  # 2.
+    )
+    taken = found.advantages[mask]
+    white = whiten(found.advantages, mask, taken.mean(), taken.var())  # 2.
+    of_states = {"rewards": found.rewards, "advantages": white, "returns": found.returns}
+    return {"scores": scores} | {name: x[states] for name, x in of_states.items()}
+
+
+REFERENCE = ppo_advantage_reference, whiten_advantages_reference
+
+
 @pytest.mark.kernel("ppo_advantage")
 @pytest.mark.parametrize("case", CASES)
 def test_rewards_advantages_and_returns_are_trls(case, device):
-    said, golden = CASES[case], Case(case)
-    mask, states = (x.to(device) for x in (golden.episodes.mask, golden.episodes.states))
-    options = {name: said[name] for name in ("kl_coef", "gamma", "whiten_rewards")}
-    options |= {"lambda_": said["lam"], "cu_seqlens": golden.episodes.cu_seqlens.to(device)}
-
-    def targets(op, whiten, dtype):
-        raw, penalty = trl(f"{case}/raw_scores").to(dtype), said["missing_eos_penalty"] or 0.0
-        scores = penalise_missing_eos(raw, golden.ended, "subtract", penalty).to(device)
-        given = (trl(f"{case}/{x}").to(dtype) for x in ("logprobs", "ref_logprobs", "values"))
-        given = (golden.pack(x).to(device) for x in given)
-        found = op(scores, *given, states, whiten=False, unbiased=True, **options)  # 2.
-        taken = found.advantages[mask]
-        white = whiten(found.advantages, mask, taken.mean(), taken.var())  # 2.
-        of_states = {"rewards": found.rewards, "advantages": white, "returns": found.returns}
-        return {"scores": scores} | {name: x[states] for name, x in of_states.items()}
-
-    ours = targets(ppo_advantage, whiten_advantages, torch.float32)
-    reference = ppo_advantage_reference, whiten_advantages_reference
-    native, exact = (targets(*reference, dtype) for dtype in (torch.float32, torch.float64))
+    ours = targets(case, ppo_advantage, whiten_advantages, torch.float32, device)
+    native, exact = (targets(case, *REFERENCE, x, device) for x in (torch.float32, torch.float64))
+    kept = Case(case).kept
     for name in ours:
         truth = trl(f"{case}/{name}")
         if name != "scores":
-            assert not truth[~golden.kept].any()
-            truth = truth[golden.kept]
+            assert not truth[~kept].any()
+            truth = truth[kept]
         assert_golden(ours[name], native[name], exact[name], truth, name)
 
 
@@ -130,8 +154,6 @@ def test_rewards_advantages_and_returns_are_trls(case, device):
 @pytest.mark.parametrize("case", CASES)
 def test_losses_and_gradients_are_trls(case, device):
     said, names = CASES[case], ("loss", "policy_loss", "value_loss", "d_logprobs", "d_values")
-    old = {"old_logprobs": "logprobs", "old_values": "values"}
-    old |= {"advantages": "advantages", "returns": "returns"}
 
     def losses(op, dtype, number):
         """Ours and TRL's, of one backward."""
@@ -139,7 +161,7 @@ def test_losses_and_gradients_are_trls(case, device):
         golden = Case(case, rows)
         states, kept = golden.episodes.states.to(device), golden.kept
         columns, count, tokens = kept.numel(), int(kept.sum()), int(golden.tokens.sum())
-        given = {ours: trl(f"{case}/{theirs}")[rows] for ours, theirs in old.items()}
+        given = {ours: trl(f"{case}/{theirs}")[rows] for ours, theirs in OLD.items()}
         given |= {name: trl(f"{case}/{number}/{name}") for name in ("logprobs", "values")}
         given = {name: golden.pack(x.to(dtype)).to(device) for name, x in given.items()}
         new = [given[name].requires_grad_() for name in ("logprobs", "values")]
@@ -176,6 +198,94 @@ def test_losses_and_gradients_are_trls(case, device):
     exact, _ = whole(ppo_loss_reference, torch.float64)
     for name, truth in theirs.items():
         assert_golden(ours[name], native[name], exact[name], truth, name)
+
+
+def load_model(name: str, tensors: Tensor, directory: Path) -> GPT:
+    """The model with these weights, which lie end to end, through a Hugging Face checkpoint."""
+    parameters = NOTE["parameters"][name]
+    parts = tensors.float().split([math.prod(shape) for _, shape in parameters])
+    scalar = name in ("critic", "reward")
+    kind = "GPT2ForSequenceClassification" if scalar else "GPT2LMHeadModel"
+    directory.mkdir(parents=True)
+    config = {"model_type": "gpt2", "architectures": [kind], "id2label": {"0": "score"}}
+    (directory / "config.json").write_text(json.dumps(config | NOTE["shape"]))
+    named = {n: x.view(shape).clone() for (n, shape), x in zip(parameters, parts, strict=True)}
+    save_file(named, directory / "model.safetensors")
+    return load(directory)
+
+
+def test_trainer_is_trls(tmp_path):
+    """From weights to log-probabilities, values, scores and returns, and to weights' gradients."""
+    case, number = NOTE["whole"]
+    said, golden, backward = CASES[case], Case(case), f"{case}/{number}"
+    rows = trl(f"{backward}/rows")
+    later = Case(case, rows)
+    tokens, count = int(later.tokens.sum()), int(later.kept.sum())
+    config = PPOConfig(
+        **{"init": "-", "reward": "-", "prompts": ("-",), "batch": len(golden.samples)},
+        **{"minibatch": len(rows), "score_at": "after_end", "missing_eos": "subtract"},
+        missing_eos_penalty=said["missing_eos_penalty"],
+        kl_coef=said["kl_coef"],
+        gamma=said["gamma"],
+        lambda_=said["lam"],
+        temperature=said["temperature"],
+        clip_range=said["cliprange"],
+        value_clip_range=said["cliprange_value"],
+        value_coef=said["vf_coef"] * tokens / count,  # 3.
+    )
+
+    def model(name: str, key: str = "weights") -> GPT:
+        return load_model(name, trl(f"{key}/{name}"), tmp_path / key / name)
+
+    def trainer(key: str) -> PPO:
+        models = model("policy", key), model("critic", key), reference
+        return PPO(config, *models, None, None, [Prompt("", {})])
+
+    def check(x: Tensor, name: str, kept: Tensor | slice = slice(None)) -> None:
+        stem, _, last = name.rpartition("/")
+        native, truth = (trl(n)[kept] for n in (f"{stem}/float32/{last}", name))
+        assert_close(x.detach(), native, truth, name=name)
+
+    # The rollouts' side, with the first weights.
+    reference, e = model("reference"), golden.episodes
+    ppo = trainer("weights")
+    ppo.assess(e, range(len(golden.samples)))
+    with torch.no_grad():
+        e.old_logprobs = response_logprobs(ppo.policy, e, config.temperature).logprobs
+        scores = response_scores(model("reward"), [list(s.sequence) for s in golden.samples])
+    check(scores, f"{case}/raw_scores")
+    check(e.old_logprobs[e.mask], f"{case}/logprobs", golden.tokens)
+    check(e.ref_logprobs[e.mask], f"{case}/ref_logprobs", golden.tokens)
+    check(e.values[e.states], f"{case}/values", golden.kept)
+
+    # From here on with TRL's numbers, so that none of our rounding is carried along.
+    for ours, theirs in OLD.items():
+        ours = ours.replace("old_values", "values")
+        setattr(later.episodes, ours, later.pack(trl(f"{case}/{theirs}").float()[rows]))
+    for name in ("logprobs", "ref_logprobs", "values"):
+        ours = "old_logprobs" if name == "logprobs" else name
+        setattr(e, ours, golden.pack(trl(f"{case}/{name}")).nan_to_num(0.0))
+    same, kept = golden.pack(~golden.fills[:, None] * 1.0 * golden.kept) == 1, golden.kept.clone()
+    native = targets(case, *REFERENCE, torch.float32, "cpu")["returns"][same[e.states]]
+    metrics = ppo.estimate(e, golden.samples, trl(f"{case}/raw_scores"))
+    kept[golden.fills] = False  # 1.
+    assert_close(e.returns[same], native, trl(f"{case}/returns")[kept], name="returns")
+    hidden = int((~golden.tokens).sum()) / len(golden.samples)
+    assert metrics["objective/kl"] == pytest.approx(float(trl(f"{case}/kl")), rel=1e-6)
+    entropy = float(trl(f"{case}/entropy")) + hidden  # 5.
+    assert metrics["objective/entropy"] == pytest.approx(entropy, rel=1e-6)
+
+    # The minibatch of an update, with the weights that TRL had then.
+    ppo, part = trainer(f"{backward}/weights"), later.episodes
+    new = response_logprobs(ppo.policy, part, config.temperature).logprobs
+    check(new[part.mask], f"{backward}/logprobs", later.tokens)
+    check(state_values(ppo.critic, part)[part.states], f"{backward}/values", later.kept)
+    ppo.loss(part, float(tokens))[0].backward()  # 4.
+    for name, ours in (("policy", ppo.policy), ("critic", ppo.critic)):
+        keys = f"{backward}/float32/gradient", f"{backward}/gradient"
+        native, truth = (dict(model(name, key).named_parameters()) for key in keys)
+        for p, parameter in ours.named_parameters():
+            assert_close(parameter.grad, native[p], truth[p], name=f"{name}.{p}")
 
 
 # ---- Random configurations, against loops over their tokens
@@ -395,8 +505,7 @@ def by_kernels(c: Configuration, device: str) -> dict[str, Tensor]:
     given = {name: y for name, y in x.items() if c.has_values or name not in critic}
     loss, stats = ppo_loss(mask=mask, **given, **packing, **c.losses)
     found = {"loss": loss} | {name: stats.total(name) for name in ("policy_loss", "value_loss")}
-    if c.rows:
-        loss.backward()
+    loss.backward()
     for name, leaf in leaves.items():
         gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
         assert not gradient[~mask].any()
