@@ -8,12 +8,13 @@ TRL is like `--score-at after_end --truncated zero --missing-eos subtract`, and 
 
 1. An end that is the last of the most tokens that a response may have: TRL pays the score at the
    end itself, having no column behind it; we have a state there, as behind every other end.
-2. Whitening divides by n − 1; our trainer by n, as Huang et al. do (the op has `unbiased`).
+2. Whitening divides by n − 1; our trainer by n, as lm-human-preferences does (the op has
+   `unbiased`).
 3. The value loss is a mean over the states, of which an ended response has one more than it has
    tokens; our trainer divides both losses by the number of tokens.
 4. With gradient accumulation TRL takes the mean of the micro-batches' means; we divide by the
-   tokens of the whole minibatch, so that its parts add up. (And since it steps every so many
-   micro-batches whatever `num_mini_batches` is, minibatches are then not steps.)
+   tokens of the whole minibatch, so that its parts add up. (TRL then steps once in
+   `gradient_accumulation_steps` micro-batches, wherever its minibatches end.)
 5. Statistics: approximate KL and ratio are means over all columns, padding included, where the
    ratio is 1; the entropy counts −1 nat for each padding token, the value that hides it. Ours are
    masked.
@@ -36,7 +37,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tolerance import assert_close
+from tolerance import assert_close, assert_same_bits
 from torch import Tensor
 
 from instructcore.data import Prompt
@@ -88,9 +89,8 @@ class Case:
         self.episodes = Episodes.of(self.samples, torch.device("cpu"))
         self.ended = torch.tensor([s.ended for s in self.samples])
         self.fills = self.ended & self.tokens.all(1)  # 1.
-        self.episodes.states[self.episodes.cu_seqlens[1:].long()[self.ended & ~self.fills] - 1] = (
-            True
-        )
+        last = self.episodes.cu_seqlens[1:].long() - 1
+        self.episodes.states[last[self.ended & ~self.fills]] = True
         if rows is not None:
             self.episodes = self.episodes.take(rows.tolist())
             self.tokens, self.kept = self.tokens[rows], self.kept[rows]
@@ -270,11 +270,11 @@ def test_trainer_is_trls(tmp_path):
     for name in ("logprobs", "ref_logprobs", "values"):
         ours = "old_logprobs" if name == "logprobs" else name
         setattr(e, ours, golden.pack(trl(f"{case}/{name}")).nan_to_num(0.0))
-    same, kept = golden.pack(~golden.fills[:, None] * 1.0 * golden.kept) == 1, golden.kept.clone()
-    native = targets(case, *REFERENCE, torch.float32, "cpu")["returns"][same[e.states]]
+    alike = golden.kept & ~golden.fills[:, None]  # 1.
+    at = golden.pack(alike.float()) == 1
+    native = targets(case, *REFERENCE, torch.float32, "cpu")["returns"][alike[golden.kept]]
     metrics = ppo.estimate(e, golden.samples, trl(f"{case}/raw_scores"))
-    kept[golden.fills] = False  # 1.
-    assert_close(e.returns[same], native, trl(f"{case}/returns")[kept], name="returns")
+    assert_close(e.returns[at], native, trl(f"{case}/returns")[alike], name="returns")
     hidden = int((~golden.tokens).sum()) / len(golden.samples)
     assert metrics["objective/kl"] == pytest.approx(float(trl(f"{case}/kl")), rel=1e-6)
     entropy = float(trl(f"{case}/entropy")) + hidden  # 5.
@@ -295,6 +295,8 @@ def test_trainer_is_trls(tmp_path):
 # ---- Random configurations, against loops over their tokens
 
 SEEDS, PER_SEED = 12, 100
+GIVEN = "logprobs old_logprobs ref_logprobs advantages values old_values returns entropy weights"
+GIVEN = tuple(GIVEN.split())
 
 
 @dataclass
@@ -328,11 +330,9 @@ def choose(draw: np.random.Generator, *values):
 def random_row(draw: np.random.Generator) -> Row:
     n, share = choose(draw, 0, 1, 1, 2, 3, 7, 16, 33), choose(draw, 0.0, 0.5, 0.8, 1.0)
     mask = draw.random(n) < share
-    given = {name: draw.normal(size=n) for name in ("old_logprobs", "advantages", "old_values")}
+    given = {name: draw.normal(size=n) for name in GIVEN}
     given["logprobs"] = given["old_logprobs"] + draw.normal(size=n) * choose(draw, 0.0, 0.2, 0.6)
     given["values"] = given["old_values"] + draw.normal(size=n) * choose(draw, 0.0, 0.2, 1.0)
-    for name in ("ref_logprobs", "returns", "entropy"):
-        given[name] = draw.normal(size=n)
     given["weights"] = draw.uniform(0.5, 2.0, n)
     given = {name: np.where(mask, x, np.nan).astype(np.float32) for name, x in given.items()}
     dones, at = draw.random(n) < 0.1, int(draw.integers(-1, n)) if n else -1
@@ -489,8 +489,7 @@ def by_kernels(c: Configuration, device: str) -> dict[str, Tensor]:
         values = [getattr(row, name) for row in c.rows]
         return torch.tensor(values, dtype=dtype, device=device) if wanted else None
 
-    names = list(random_row(np.random.default_rng(0)).given)
-    x = {n: lay([row.given[n] for row in c.rows], math.nan, torch.float32) for n in names}
+    x = {n: lay([row.given[n] for row in c.rows], math.nan, torch.float32) for n in GIVEN}
     mask = lay([row.mask for row in c.rows], False, torch.bool)
     starts = np.cumsum([0, *(len(row.mask) for row in c.rows)])
     packing = {"cu_seqlens": torch.tensor(starts, dtype=torch.int32, device=device)}
@@ -510,6 +509,8 @@ def by_kernels(c: Configuration, device: str) -> dict[str, Tensor]:
     loss, stats = ppo_loss(mask=mask, **given, **packing, **c.losses)
     found = {"loss": loss} | {name: stats.total(name) for name in ("policy_loss", "value_loss")}
     loss.backward()
+    with torch.no_grad():
+        assert_same_bits(ppo_loss(mask=mask, **given, **packing, **c.losses)[0], loss.detach())
     for name, leaf in leaves.items():
         gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
         assert not gradient[~mask].any()
