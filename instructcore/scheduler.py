@@ -464,13 +464,15 @@ class Scheduler:
         return ids
 
     def abort(self, request: Request) -> None:
-        """Ends a request, if it has not ended; its pages are free at once."""
+        """Ends a request, if it is here and has not ended; its pages are free at once."""
         if request in self._running:
             self._leave([r is not request for r in self._running])
         elif request is self._partial:
             self._partial = None
         elif request in self._waiting:
             self._waiting.remove(request)
+        else:
+            return
         self._release(request)
 
     @property
