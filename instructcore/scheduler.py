@@ -39,7 +39,6 @@ from .tokenizer import Tokenizer
 from .train import mix
 
 SCORED_ROWS = 256  # positions of a prompt whose logits exist at a time
-COLDEST = 1e-6  # temperature: below it is 0, because logits divided by it overflow
 
 
 @dataclass(frozen=True)
@@ -463,17 +462,18 @@ class Scheduler:
         )
         return ids
 
-    def abort(self, request: Request) -> None:
-        """Ends a request, if it is here and has not ended; its pages are free at once."""
-        if request in self._running:
-            self._leave([r is not request for r in self._running])
-        elif request is self._partial:
-            self._partial = None
-        elif request in self._waiting:
-            self._waiting.remove(request)
-        else:
-            return
-        self._release(request)
+    def abort(self, *requests: Request) -> None:
+        """Ends requests that are here and have not ended; their pages are free at once."""
+        for request in requests:
+            if request in self._running:
+                self._leave([r is not request for r in self._running])
+            elif request is self._partial:
+                self._partial = None
+            elif request in self._waiting:
+                self._waiting.remove(request)
+            else:
+                continue
+            self._release(request)
 
     @property
     def busy(self) -> bool:
@@ -643,7 +643,8 @@ class Scheduler:
                 p = request.params
                 integers.append((0, len(request.ids), request.seed, p.top_k))
                 penalties = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
-                temperature = p.temperature if p.temperature >= COLDEST else 0.0
+                # Below 1e-6 it is 0: logits divided by it may overflow.
+                temperature = p.temperature * (p.temperature >= 1e-6)
                 floats.append((temperature, p.top_p, p.min_p, *penalties))
             self._integers[:, rows] = self._tensor(integers, torch.int64).T
             self._floats[:, rows] = self._tensor(floats, torch.float32).T

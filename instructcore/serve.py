@@ -24,7 +24,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,32 +53,23 @@ _GET = re.compile(r"/v1/(models|engines)(?:/(.+))?")
 _POST = re.compile(r"/v1/(?:(chat)/|engines/(.+)/)?completions")
 
 
+@dataclass(eq=False)
 class Engine:
-    """A checkpoint under its names, its scheduler, and the one thread that works it.
+    """A checkpoint under its names, its scheduler, and the one thread that works it."""
 
-    Args:
-        max_batch: most choices computed at once.
-        max_queue: most that wait; what comes then is turned away.
-    """
+    model: GPT
+    tokenizer: Tokenizer
+    names: Sequence[str]
+    max_batch: int = 64  # most choices computed at once
+    max_queue: int = 256  # most that wait; what comes then is turned away
 
-    def __init__(
-        self,
-        model: GPT,
-        tokenizer: Tokenizer,
-        names: Sequence[str],
-        *,
-        max_batch: int = 64,
-        max_queue: int = 256,
-    ) -> None:
-        self.model, self.tokenizer = model.eval(), tokenizer
-        self.max_batch, self.max_queue = max_batch, max_queue
+    def __post_init__(self) -> None:
+        self.model.eval()
         self.draining = False
-        # The event loop's own: the choices that run or wait.
-        self._owners: dict[Request, Choice] = {}
-        # The thread's own; but `stats`, replaced as a whole, may be looked at.
+        self._owners: dict[Request, Choice] = {}  # the choices that run or wait
+        # What follows is the thread's own; but `stats`, replaced as a whole, may be looked at.
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._renew()
-        self.served = Checkpoint(self._scheduler, names)
         self._thread = threading.Thread(target=self._work, name="generate", daemon=True)
         self._thread.start()
 
@@ -108,7 +98,7 @@ class Engine:
         finally:
             for request in choices:
                 del self._owners[request]
-            self._inbox.put(partial(self._drop, choices))
+            self._inbox.put(lambda: self._scheduler.abort(*choices))
 
     def drain(self) -> None:
         """From now on no request begins; those that have begun go on to their end."""
@@ -145,11 +135,11 @@ class Engine:
                     self._post(self._deliver, pieces)
                 except Exception as error:  # what the scheduler holds is of no use any more
                     self._renew()
-                    self.served.scheduler = self._scheduler
                     self._post(self._fail, as_api_error(error))
 
     def _renew(self) -> None:
         self._scheduler = Scheduler(self.model, self.tokenizer, max_batch=self.max_batch)
+        self.served = Checkpoint(self._scheduler, self.names)
         self.stats = self._scheduler.stats()
 
     def _listen(self) -> bool:
@@ -164,10 +154,6 @@ class Engine:
     def _post(self, call: Callable, *arguments: Any) -> None:
         with suppress(RuntimeError):  # the loop has ended, and with it all who would listen
             self._loop.call_soon_threadsafe(call, *arguments)
-
-    def _drop(self, requests: Iterable[Request]) -> None:
-        for request in requests:
-            self._scheduler.abort(request)
 
 
 _BOUNDS = "0.01 0.025 0.05 0.1 0.25 0.5 1.0 2.5 5.0 10.0 25.0 60.0 +Inf".split()  # seconds
@@ -186,39 +172,28 @@ class _Histogram(dict[str, float]):
         self["_count"] += 1
 
 
-class _Metrics:
-    """What /metrics tells Prometheus."""
-
-    def __init__(self) -> None:
-        self.requests: Counter[str] = Counter()  # by endpoint and status
-        self.latency, self.first_token = _Histogram(), _Histogram()
-
-    def text(self, stats: Stats) -> str:
-        blocks = {"used": stats.blocks_used, "cached": stats.blocks_cached}
-        blocks["free"] = stats.blocks_free
-        blocks = {f'{{state="{state}"}}': count for state, count in blocks.items()}
-        lines: list[str] = []
-        for name, kind, samples, help in (
-            (
-                "requests_total",
-                "counter",
-                self.requests,
-                "Requests answered; 499: the client left.",
-            ),
-            ("prompt_tokens_total", "counter", {"": stats.tokens_fed}, "Prompt tokens computed."),
-            ("cached_tokens_total", "counter", {"": stats.cache_hits}, "Prompt tokens remembered."),
-            ("generated_tokens_total", "counter", {"": stats.tokens_generated}, "Tokens drawn."),
-            ("preemptions_total", "counter", {"": stats.preemptions}, "Sequences made to wait."),
-            ("running", "gauge", {"": stats.running}, "Responses computed at this moment."),
-            ("waiting", "gauge", {"": stats.waiting}, "Responses that wait for their turn."),
-            ("blocks", "gauge", blocks, "Pages of the cache."),
-            ("request_seconds", "histogram", self.latency, "Seconds to the end of an answer."),
-            ("first_token_seconds", "histogram", self.first_token, "Seconds to the first token."),
-        ):
-            name = f"instructcore_{name}"
-            lines += (f"# HELP {name} {help}", f"# TYPE {name} {kind}")
-            lines += (f"{name}{suffix} {value}" for suffix, value in samples.items())
-        return "\n".join(lines) + "\n"
+def _prometheus(
+    stats: Stats, requests: dict[str, int], latency: _Histogram, first_token: _Histogram
+) -> str:
+    """What /metrics says."""
+    blocks = {f'{{state="{s}"}}': getattr(stats, f"blocks_{s}") for s in ("used", "cached", "free")}
+    lines: list[str] = []
+    for name, kind, samples, help in (
+        ("requests_total", "counter", requests, "Requests answered; 499: the client left."),
+        ("prompt_tokens_total", "counter", {"": stats.tokens_fed}, "Prompt tokens computed."),
+        ("cached_tokens_total", "counter", {"": stats.cache_hits}, "Prompt tokens remembered."),
+        ("generated_tokens_total", "counter", {"": stats.tokens_generated}, "Tokens drawn."),
+        ("preemptions_total", "counter", {"": stats.preemptions}, "Sequences made to wait again."),
+        ("running", "gauge", {"": stats.running}, "Responses computed at this moment."),
+        ("waiting", "gauge", {"": stats.waiting}, "Responses that wait for their turn."),
+        ("blocks", "gauge", blocks, "Pages of the cache."),
+        ("request_seconds", "histogram", latency, "From a request to the end of its answer."),
+        ("first_token_seconds", "histogram", first_token, "From a request to its first token."),
+    ):
+        name = f"instructcore_{name}"
+        lines += (f"# HELP {name} {help}", f"# TYPE {name} {kind}")
+        lines += (f"{name}{suffix} {value}" for suffix, value in samples.items())
+    return "\n".join(lines) + "\n"
 
 
 class _Stream(StreamingResponse):
@@ -248,7 +223,9 @@ async def _until_gone(receive: Callable, work: Awaitable) -> Any:
 
 def make_app(engine: Engine, api_key: str = "") -> Callable:
     """The ASGI application. With a key, every request but those of / and /health must bear it."""
-    metrics, page = _Metrics(), PAGE.read_text("utf-8")
+    requests: Counter[str] = Counter()  # by endpoint and status
+    latency, first_token = _Histogram(), _Histogram()
+    page = PAGE.read_text("utf-8")
 
     def reply(body: dict[str, Any], status: int = 200) -> Response:
         # A client that tries again may reach another server after 503, but the same bug after 500.
@@ -272,7 +249,10 @@ def make_app(engine: Engine, api_key: str = "") -> Callable:
             return reply({"status": "ok"})
         authorize(request)
         if method == "GET" and path == "/metrics":
-            return Response(metrics.text(engine.stats), media_type="text/plain; version=0.0.4")
+            return Response(
+                _prometheus(engine.stats, requests, latency, first_token),
+                media_type="text/plain; version=0.0.4",
+            )
         if method == "GET" and (found := _GET.fullmatch(path)):
             return reply(engine.served.cards(*found.groups()))
         if method == "POST" and (found := _POST.fullmatch(path)):
@@ -280,7 +260,7 @@ def make_app(engine: Engine, api_key: str = "") -> Callable:
             stack.enter_context(engine.at_work(ask))
             parts = follow(ask, begin)
             first = await _until_gone(request.receive, anext(parts))
-            metrics.first_token.add(time.perf_counter() - begin)
+            first_token.add(time.perf_counter() - begin)
             if ask.stream:
                 return _Stream(ask.events(first, parts), headers=EVENTS)
             return reply(await _until_gone(request.receive, ask.whole(parts)))
@@ -291,9 +271,8 @@ def make_app(engine: Engine, api_key: str = "") -> Callable:
             body = await asyncio.wait_for(read_body(request), BODY_SECONDS)
         except asyncio.TimeoutError:
             raise ApiError(400, f"the body took longer than {BODY_SECONDS} seconds") from None
-        understand = partial(Ask, engine.served, body, bool(chat), name)
         # There are others to serve while a long one is understood.
-        return understand() if len(body) < 1 << 16 else await asyncio.to_thread(understand)
+        return await asyncio.to_thread(Ask, engine.served, body, bool(chat), name)
 
     async def read_body(request: HTTPRequest) -> bytes:
         """What is too much is read, too: who still sends hears no answer."""
@@ -313,7 +292,7 @@ def make_app(engine: Engine, api_key: str = "") -> Callable:
                 raise part
             left -= part[1].completion is not None
             yield part
-        metrics.latency.add(time.perf_counter() - begin)
+        latency.add(time.perf_counter() - begin)
 
     async def app(scope: dict, receive: Callable, send: Callable) -> None:
         request, begin, status = HTTPRequest(scope, receive), time.perf_counter(), 499
@@ -331,7 +310,7 @@ def make_app(engine: Engine, api_key: str = "") -> Callable:
             status = response.status_code
         found = _POST.fullmatch(scope["path"])
         endpoint = ("chat" if found[1] else "completions") if found else "other"
-        metrics.requests[f'{{endpoint="{endpoint}",status="{status}"}}'] += 1
+        requests[f'{{endpoint="{endpoint}",status="{status}"}}'] += 1
 
     return app
 
@@ -344,13 +323,9 @@ class ServeConfig:
     host: str = option("127.0.0.1", "address to listen on, 0.0.0.0 = all of this machine's")
     port: int = option(8000, "port to listen on, 0 = any free one", range="[0, 65535]")
     api_key: str = option("", "what clients must send as their API key; not given: nothing")
-    alias: tuple[str, ...] = option(
-        ("text-davinci-003",), "names to answer to besides the checkpoint's own", metavar="NAME"
-    )
+    alias: tuple[str, ...] = option(("text-davinci-003",), "names besides its own", metavar="NAME")
     max_batch: int = option(64, "computed at a time", unit="responses", range="[1, 4096]")
-    max_queue: int = option(
-        256, "that wait; more are turned away (429)", unit="responses", range="[0, inf)"
-    )
+    max_queue: int = option(256, "that wait; then 429", unit="responses", range="[0, inf)")
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     dtype: str = option("auto", "dtype to compute in", choices=("auto", "float32", "bfloat16"))
 
@@ -398,8 +373,8 @@ def run(config: ServeConfig) -> None:
     with listen(config.host, config.port) as listener:
         model = load(path, dtype=choose_dtype(config.dtype, device), device=device)
         names = dict.fromkeys((Path(config.checkpoint).resolve().name, *config.alias))
-        limits = {"max_batch": config.max_batch, "max_queue": config.max_queue}
-        engine = Engine(model, Tokenizer.load(path), [*names], **limits)
+        tokenizer, limits = Tokenizer.load(path), (config.max_batch, config.max_queue)
+        engine = Engine(model, tokenizer, [*names], *limits)
         address = f"http://{config.host}:{listener.getsockname()[1]}"
         print(
             f"serving {', '.join(names)} at {address}/v1, a page to chat at {address}", flush=True

@@ -121,9 +121,7 @@ class Checkpoint:
 
     def cards(self, kind: str, name: str | None) -> dict[str, Any]:
         """A description under this name, or under each: of kind "models" or "engines"."""
-        about: dict[str, Any] = {"object": "model", "owned_by": "instructcore"}
-        if kind == "engines":
-            about = {"object": "engine", "owner": "instructcore", "ready": True}
+        about = {"object": kind.removesuffix("s"), "owned_by": "instructcore", "ready": True}
         about |= {"created": self.created, "context": self.context, "instructed": self.instructed}
         if name:
             return {"id": self.known(name), **about}
@@ -293,8 +291,8 @@ class Ask:
         self.shown = given.get("n", 1)  # responses per prompt
         self.made = given.get("best_of", self.shown)
         require(self.made >= self.shown, f"best_of must be at least n, got {self.made}", "best_of")
-        chooses = self.made > self.shown
-        require(not (chooses and self.stream), "best_of cannot choose in a stream", "best_of")
+        whole = self.made == self.shown or not self.stream
+        require(whole, "best_of cannot choose in a stream", "best_of")
 
         # How many of the likeliest tokens to show; None: no log-probabilities at all.
         self.top, name, most = given.get("logprobs"), "logprobs", 5
@@ -311,9 +309,8 @@ class Ask:
         count = len(pairs) * self.made
         require(count <= MAX_CHOICES, f"at most {MAX_CHOICES} responses, got {count}", "n")
         stop = given.get("stop", ())
-        require(len(stop) <= 4, "stop takes at most 4 strings", "stop")
-        longest = max(map(len, stop), default=0)
-        require(longest <= MAX_STOP, f"stop takes at most {MAX_STOP} characters each", "stop")
+        few = len(stop) <= 4 and all(len(string) <= MAX_STOP for string in stop)
+        require(few, f"stop takes at most 4 strings of {MAX_STOP} characters", "stop")
         limits = [given[name] for name in ("max_completion_tokens", "max_tokens") if name in given]
         require(len(limits) < 2, "max_tokens twice", "max_tokens")
 
