@@ -21,7 +21,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ from .config import check, check_options, option
 from .errors import UserError
 from .model import GPT, load
 from .scheduler import Piece, Request, Scheduler, Stats
-from .serve_wire import ApiError, Ask, Checkpoint, Choice, as_api_error, require
+from .serve_wire import ApiError, Ask, Checkpoint, Choice, Part, as_api_error, require
 from .tokenizer import Tokenizer
 from .train import choose_device, choose_dtype, resolve_checkpoint
 
@@ -85,8 +85,7 @@ class Engine:
         """What a request asks for is made while this is open; the rest of it is then given up."""
         if self.draining:
             raise ApiError(503, "the server is shutting down")
-        if self.load >= self.max_batch + self.max_queue:
-            waiting = self.load - self.max_batch
+        if (waiting := self.load - self.max_batch) >= self.max_queue:
             message = f"the queue is full, {waiting} responses wait: try again later"
             raise ApiError(429, message, code="rate_limit_exceeded")
         choices = {choice.request: choice for choice in ask.choices}
@@ -172,9 +171,7 @@ class _Histogram(dict[str, float]):
         self["_count"] += 1
 
 
-def _prometheus(
-    stats: Stats, requests: dict[str, int], latency: _Histogram, first_token: _Histogram
-) -> str:
+def _prometheus(stats: Stats, requests: dict, latency: dict, first_token: dict) -> str:
     """What /metrics says."""
     blocks = {f'{{state="{s}"}}': getattr(stats, f"blocks_{s}") for s in ("used", "cached", "free")}
     lines: list[str] = []
@@ -197,28 +194,17 @@ def _prometheus(
 
 
 class _Stream(StreamingResponse):
-    """Events, until the last one or until the client is gone."""
+    """Events until the last one. Whether the client stays is for the application to watch."""
 
     async def __call__(self, scope: Any, receive: Callable, send: Callable) -> None:
-        await _until_gone(receive, self.stream_response(send))
+        await self.stream_response(send)
 
 
-async def _until_gone(receive: Callable, work: Awaitable) -> Any:
-    """The result of the work, which ends where it is if the client leaves: ClientDisconnect."""
-
-    async def gone() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
-    finally:
-        working.cancel()
-        watching.cancel()
+async def _cancel_if_gone(receive: Callable, answering: asyncio.Task) -> None:
+    """Ends an answer where it is when the client leaves."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    answering.cancel()
 
 
 def make_app(engine: Engine, api_key: str = "") -> Callable:
@@ -249,21 +235,21 @@ def make_app(engine: Engine, api_key: str = "") -> Callable:
             return reply({"status": "ok"})
         authorize(request)
         if method == "GET" and path == "/metrics":
-            return Response(
-                _prometheus(engine.stats, requests, latency, first_token),
-                media_type="text/plain; version=0.0.4",
-            )
+            text = _prometheus(engine.stats, requests, latency, first_token)
+            return Response(text, media_type="text/plain; version=0.0.4")
         if method == "GET" and (found := _GET.fullmatch(path)):
             return reply(engine.served.cards(*found.groups()))
         if method == "POST" and (found := _POST.fullmatch(path)):
             ask = await read(request, *found.groups())
             stack.enter_context(engine.at_work(ask))
+            watch = _cancel_if_gone(request.receive, asyncio.current_task())
+            stack.callback(asyncio.create_task(watch).cancel)
             parts = follow(ask, begin)
-            first = await _until_gone(request.receive, anext(parts))
+            first = await anext(parts)
             first_token.add(time.perf_counter() - begin)
             if ask.stream:
                 return _Stream(ask.events(first, parts), headers=EVENTS)
-            return reply(await _until_gone(request.receive, ask.whole(parts)))
+            return reply(await ask.whole(parts))
         raise ApiError(404, f"there is no {method} {path}")
 
     async def read(request: HTTPRequest, chat: str | None, name: str | None) -> Ask:
@@ -283,7 +269,7 @@ def make_app(engine: Engine, api_key: str = "") -> Callable:
         require(size <= MAX_BODY, f"a body has at most {MAX_BODY} bytes, got {size}")
         return bytes(body)
 
-    async def follow(ask: Ask, begin: float) -> AsyncIterator[tuple[Choice, Piece]]:
+    async def follow(ask: Ask, begin: float) -> AsyncIterator[Part]:
         """What comes of a request, until all of it is complete."""
         left = len(ask.choices)
         while left:
@@ -296,7 +282,7 @@ def make_app(engine: Engine, api_key: str = "") -> Callable:
 
     async def app(scope: dict, receive: Callable, send: Callable) -> None:
         request, begin, status = HTTPRequest(scope, receive), time.perf_counter(), 499
-        with suppress(ClientDisconnect), ExitStack() as stack:
+        with suppress(asyncio.CancelledError, ClientDisconnect), ExitStack() as stack:
             try:
                 response = await respond(request, begin, stack)
             except ClientDisconnect:
@@ -336,10 +322,8 @@ class ServeConfig:
 
 def make_server(engine: Engine, api_key: str = "") -> uvicorn.Server:
     """An HTTP server. A signal lets it finish what it has begun, a second one ends it at once."""
-    app = make_app(engine, api_key)
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", lifespan="off", ws="none", access_log=False)
-    )
+    settings = {"log_level": "warning", "lifespan": "off", "ws": "none", "access_log": False}
+    server = uvicorn.Server(uvicorn.Config(make_app(engine, api_key), **settings))
 
     def handle_exit(number: int, frame: Any) -> None:
         if server.should_exit:
@@ -376,8 +360,7 @@ def run(config: ServeConfig) -> None:
         tokenizer, limits = Tokenizer.load(path), (config.max_batch, config.max_queue)
         engine = Engine(model, tokenizer, [*names], *limits)
         address = f"http://{config.host}:{listener.getsockname()[1]}"
-        print(
-            f"serving {', '.join(names)} at {address}/v1, a page to chat at {address}", flush=True
-        )
+        where = f"{address}/v1, a page to chat at {address}"
+        print(f"serving {', '.join(names)} at {where}", flush=True)
         make_server(engine, config.api_key).run(sockets=[listener])
         engine.close()

@@ -105,8 +105,7 @@ class Checkpoint:
 
     def __init__(self, scheduler: Scheduler, names: Sequence[str]) -> None:
         self.scheduler, self.names, self.created = scheduler, list(names), int(time.time())
-        self.tokenizer, config = scheduler.tokenizer, scheduler.model.config
-        self.context, self.vocab_size = config.context, config.vocab_size
+        self.tokenizer, self.context = scheduler.tokenizer, scheduler.model.config.context
         self.instructed = is_instructed(scheduler.model)
         bytes_of = self.tokenizer.token_bytes
         self.longest = max(len(bytes_of(id)) for id in range(self.tokenizer.vocab_size))
@@ -252,6 +251,9 @@ def _finite(logprob: float) -> float:
     return max(logprob, -9999.0)  # JSON knows no infinity
 
 
+Part = tuple[Choice, Piece]
+
+
 class Ask:
     """A request for completions or chat: what it asks for, and the JSON of its answer.
 
@@ -264,7 +266,7 @@ class Ask:
 
     def __init__(self, served: Checkpoint, body: bytes, chat: bool, path: str | None) -> None:
         self.tokenizer, self.chat = served.tokenizer, chat
-        self.parts: asyncio.Queue[tuple[Choice, Piece] | Exception] = asyncio.Queue()
+        self.parts: asyncio.Queue[Part | Exception] = asyncio.Queue()
         given = _fields(body, _SHARED | (_CHAT if chat else _COMPLETION))
         names = [name for name in (path, given.get("model")) if name is not None]
         require(names, "model is missing", "model")
@@ -277,8 +279,8 @@ class Ask:
         except UserError as error:  # it names a setting, perhaps as a flag, or is about the prompt
             name, _, rest = str(error).partition(" ")
             name = name.lstrip("-").replace("-", "_")
-            param = name if name in _SAMPLING else field
-            raise ApiError(400, f"{name} {rest}", param) from error
+            param = name if name in _SHARED else field
+            raise ApiError(400, f"{name} {rest:.300}", param) from error
 
     def _shape(self, given: dict[str, Any]) -> None:
         """What the answer is to look like."""
@@ -316,7 +318,10 @@ class Ask:
 
         settings = {name: given[name] for name in given.keys() & _SAMPLING.keys()}
         settings |= {"n": self.made, "top_logprobs": self.top or 0}
-        settings["logit_bias"] = _bias(given.get("logit_bias", {}), served.vocab_size)
+        bias = given.get("logit_bias", {})
+        known = all(re.fullmatch("[0-9]{1,9}", id) for id in bias)
+        require(known, "logit_bias must be of token ids", "logit_bias")
+        settings["logit_bias"] = {int(id): _typed("logit_bias", b, float) for id, b in bias.items()}
         first = settings.get("seed", secrets.randbits(62))
         choices: list[Choice] = []
         for ids, shown in pairs:
@@ -333,7 +338,7 @@ class Ask:
             choices += [Choice(self, len(choices) + i, r, shown) for i, r in enumerate(requests)]
         return choices
 
-    async def whole(self, parts: AsyncIterator[tuple[Choice, Piece]]) -> dict[str, Any]:
+    async def whole(self, parts: AsyncIterator[Part]) -> dict[str, Any]:
         """The answer as one object."""
         async for _ in parts:
             pass  # the requests keep what has come to them
@@ -353,37 +358,35 @@ class Ask:
             await asyncio.sleep(0)  # there are others to serve meanwhile
         return self._head() | {"choices": choices} | self._usage()
 
-    async def events(
-        self, item: tuple[Choice, Piece] | None, parts: AsyncIterator[tuple[Choice, Piece]]
-    ) -> AsyncIterator[str]:
+    async def events(self, part: Part | None, parts: AsyncIterator[Part]) -> AsyncIterator[str]:
         """The answer as server-sent events, from its first part on."""
         head = self._head() | ({"usage": None} if self.usage else {})
 
-        def event(body: dict[str, Any]) -> str:
-            return f"data: {json.dumps(body)}\n\n"
+        def event(*choices: dict[str, Any], **usage: Any) -> str:
+            return f"data: {json.dumps(head | {'choices': choices} | usage)}\n\n"
 
-        def chunk(choice: Choice, delta: dict[str, Any], **part: Any) -> str:
-            text = {"delta": delta} if self.chat else {"text": delta.get("content", "")}
-            part = {"index": choice.index, **text, "logprobs": None, "finish_reason": None} | part
-            return event(head | {"choices": [part]})
+        def chunk(choice: Choice, delta: dict[str, Any], **rest: Any) -> str:
+            said = {"delta": delta} if self.chat else {"text": delta.get("content", "")}
+            empty = {"index": choice.index, "logprobs": None, "finish_reason": None}
+            return event(empty | said | rest)
 
         try:
             for choice in self.choices if self.chat else ():
                 yield chunk(choice, {"role": "assistant", "content": ""})
-            while item:
-                choice, piece = item
-                part = choice.take(piece)
-                text, reason = part.pop("text"), part.pop("finish_reason")
-                if text or part["logprobs"] or len(part) > 1:
-                    yield chunk(choice, {"content": text}, **part)
+            while part:
+                choice, piece = part
+                added = choice.take(piece)
+                text, reason = added.pop("text"), added.pop("finish_reason")
+                if text or added["logprobs"] or len(added) > 1:
+                    yield chunk(choice, {"content": text}, **added)
                 if reason:
                     yield chunk(choice, {}, finish_reason=reason)
-                item = await anext(parts, None)
+                part = await anext(parts, None)
             if self.usage:
-                yield event(head | {"choices": []} | self._usage())
+                yield event(**self._usage())
             yield "data: [DONE]\n\n"
         except Exception as error:
-            yield event(as_api_error(error).body)
+            yield f"data: {json.dumps(as_api_error(error).body)}\n\n"
 
     def _head(self) -> dict[str, Any]:
         kind = "chat.completion" + ".chunk" * self.stream if self.chat else "text_completion"
@@ -395,12 +398,3 @@ class Ask:
         sampled = sum(len(choice.request.logprobs) for choice in self.choices)
         counts = {"prompt_tokens": given, "completion_tokens": sampled}
         return {"usage": {**counts, "total_tokens": given + sampled}}
-
-
-def _bias(given: dict[str, Any], vocab_size: int) -> dict[int, float]:
-    """logit_bias: the nats that are added to the logit of a token."""
-    wanted = f"logit_bias must be of token ids in 0 .. {vocab_size - 1}"
-    for id in given:
-        known = re.fullmatch("[0-9]{1,9}", id) and int(id) < vocab_size
-        require(known, f"{wanted}, got {id:.80}", "logit_bias")
-    return {int(id): _typed("logit_bias", nats, float) for id, nats in given.items()}
