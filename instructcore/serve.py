@@ -49,8 +49,8 @@ PAGE_POLICY = (
 )
 EVENTS = {"content-type": "text/event-stream", "cache-control": "no-cache"}
 
-_GET = re.compile(r"/v1/(models|engines)(?:/(.+))?")
-_POST = re.compile(r"/v1/(?:(chat)/|engines/(.+)/)?completions")
+_CARDS = re.compile(r"GET /v1/(models|engines)(?:/(.+))?")
+_GENERATE = re.compile(r"POST /v1/(?:(chat)/|engines/(.+)/)?completions")
 
 
 @dataclass(eq=False)
@@ -228,19 +228,19 @@ def make_app(engine: Engine, api_key: str = "") -> Callable:
             raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
 
     async def respond(request: HTTPRequest, begin: float, stack: ExitStack) -> Response:
-        path, method = request.scope["path"], request.method
-        if method == "GET" and path == "/":
+        route = f"{request.method} {request.scope['path']}"
+        if route == "GET /":
             return HTMLResponse(page, headers={"content-security-policy": PAGE_POLICY})
-        if path == "/health":
+        if request.scope["path"] == "/health":
             return reply({"status": "ok"})
         authorize(request)
-        if method == "GET" and path == "/metrics":
+        if route == "GET /metrics":
             text = _prometheus(engine.stats, requests, latency, first_token)
             return Response(text, media_type="text/plain; version=0.0.4")
-        if method == "GET" and (found := _GET.fullmatch(path)):
-            return reply(engine.served.cards(*found.groups()))
-        if method == "POST" and (found := _POST.fullmatch(path)):
-            ask = await read(request, *found.groups())
+        if cards := _CARDS.fullmatch(route):
+            return reply(engine.served.cards(*cards.groups()))
+        if generate := _GENERATE.fullmatch(route):
+            ask = await read(request, *generate.groups())
             stack.enter_context(engine.at_work(ask))
             watch = _cancel_if_gone(request.receive, asyncio.current_task())
             stack.callback(asyncio.create_task(watch).cancel)
@@ -250,7 +250,7 @@ def make_app(engine: Engine, api_key: str = "") -> Callable:
             if ask.stream:
                 return _Stream(ask.events(first, parts), headers=EVENTS)
             return reply(await ask.whole(parts))
-        raise ApiError(404, f"there is no {method} {path}")
+        raise ApiError(404, f"there is no {route}")
 
     async def read(request: HTTPRequest, chat: str | None, name: str | None) -> Ask:
         try:
@@ -294,7 +294,7 @@ def make_app(engine: Engine, api_key: str = "") -> Callable:
             response.headers["openai-processing-ms"] = f"{1000 * (time.perf_counter() - begin):.0f}"
             await response(scope, receive, send)
             status = response.status_code
-        found = _POST.fullmatch(scope["path"])
+        found = _GENERATE.fullmatch(f"{scope['method']} {scope['path']}")
         endpoint = ("chat" if found[1] else "completions") if found else "other"
         requests[f'{{endpoint="{endpoint}",status="{status}"}}'] += 1
 

@@ -76,11 +76,10 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     """The value, if it is of this kind: an integer is a number, too, but true is no integer."""
     if isinstance(kind, tuple):
         return tuple(_typed(name, v, *kind) for v in (value if type(value) is list else [value]))
-    wanted, good = f"of type {kind.__name__}", isinstance(value, kind)
-    if most := _MOST.get(kind):
-        wanted += f" and at most {most}"
-        good = type(value) in (int, kind) and abs(value) <= most
-    require(good, f"{name} must be {wanted}, got {json.dumps(value)[:80]}", name)
+    good = type(value) in (int, kind) if kind in _MOST else isinstance(value, kind)
+    require(good, f"{name} must be of type {kind.__name__}, got {json.dumps(value)[:80]}", name)
+    most = _MOST.get(kind, 0)
+    require(not most or abs(value) <= most, f"{name} must be in -{most} .. {most}", name)
     return float(value) if kind is float else value
 
 
@@ -320,7 +319,7 @@ class Ask:
         settings |= {"n": self.made, "top_logprobs": self.top or 0}
         bias = given.get("logit_bias", {})
         known = all(re.fullmatch("[0-9]{1,9}", id) for id in bias)
-        require(known, "logit_bias must be of token ids", "logit_bias")
+        require(known, "logit_bias must map token ids to numbers", "logit_bias")
         settings["logit_bias"] = {int(id): _typed("logit_bias", b, float) for id, b in bias.items()}
         first = settings.get("seed", secrets.randbits(62))
         choices: list[Choice] = []
