@@ -127,8 +127,7 @@ class Generator:
                         unfinished.popleft()
                     yield
         finally:
-            for request in unfinished:
-                self.scheduler.abort(request)
+            self.scheduler.abort(*unfinished)
 
 
 @torch.no_grad()

@@ -43,7 +43,10 @@ SCORED_ROWS = 256  # positions of a prompt whose logits exist at a time
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a prompt is continued. Truncations apply in the order top_k, top_p, min_p."""
+    """How a prompt is continued. Truncations apply in the order top_k, top_p, min_p.
+
+    The ranges keep the sampler's float32 from overflowing, which would end the step for all in it.
+    """
 
     max_tokens: int = option(128, "longest response", unit="tokens", range="[0, inf)")
     temperature: float = option(1.0, "0 = always the likeliest token", range="[0, inf)")
@@ -63,10 +66,14 @@ class SamplingParams:
     min_tokens: int = option(0, "no end before", unit="tokens", range="[0, inf)")
     ignore_eos: bool = option(False, "the end-of-text token does not end a response")
     repetition_penalty: float = option(
-        1.0, "divides the logit of tokens already there, 1 = off", range="(0, inf)"
+        1.0, "divides the logit of tokens already there, 1 = off", range="[0.01, 1e6]"
     )
-    presence_penalty: float = option(0.0, "off the logit of tokens of the response", unit="nats")
-    frequency_penalty: float = option(0.0, "the same, times how often they occur", unit="nats")
+    presence_penalty: float = option(
+        0.0, "off the logit of tokens of the response", unit="nats", range="[-1e6, 1e6]"
+    )
+    frequency_penalty: float = option(
+        0.0, "the same, times how often they occur", unit="nats", range="[-1e6, 1e6]"
+    )
     # What programs ask for, not the command line.
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)  # id: nats added
     allowed_token_ids: tuple[int, ...] | None = None  # no other id is drawn; None: all are
@@ -455,15 +462,18 @@ class Scheduler:
         )
         return ids
 
-    def abort(self, request: Request) -> None:
-        """Ends a request, if it has not ended; its pages are free at once."""
-        if request in self._running:
-            self._leave([r is not request for r in self._running])
-        elif request is self._partial:
-            self._partial = None
-        elif request in self._waiting:
-            self._waiting.remove(request)
-        self._release(request)
+    def abort(self, *requests: Request) -> None:
+        """Ends requests that are here and have not ended; their pages are free at once."""
+        for request in requests:
+            if request in self._running:
+                self._leave([r is not request for r in self._running])
+            elif request is self._partial:
+                self._partial = None
+            elif request in self._waiting:
+                self._waiting.remove(request)
+            else:
+                continue
+            self._release(request)
 
     @property
     def busy(self) -> bool:
@@ -633,7 +643,9 @@ class Scheduler:
                 p = request.params
                 integers.append((0, len(request.ids), request.seed, p.top_k))
                 penalties = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
-                floats.append((p.temperature, p.top_p, p.min_p, *penalties))
+                # Below 1e-6 it is 0: logits divided by it may overflow.
+                temperature = p.temperature * (p.temperature >= 1e-6)
+                floats.append((temperature, p.top_p, p.min_p, *penalties))
             self._integers[:, rows] = self._tensor(integers, torch.int64).T
             self._floats[:, rows] = self._tensor(floats, torch.float32).T
             self._view = None

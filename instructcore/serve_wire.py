@@ -2,7 +2,7 @@
 
     Checkpoint  what is served under which names, and how texts and messages become its tokens
     Ask         a request for completions or chat, and its answer: whole, or as events
-    _Choice     one response of an answer: each piece of it becomes the JSON of what it adds
+    Choice      one response of an answer: each piece of it becomes the JSON of what it adds
 
 What a request names is either done or refused with an error that names it, never ignored.
 Log-probabilities are raw (temperature 1), those of the trainer's forward.
@@ -22,8 +22,6 @@ import secrets
 import sys
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import aclosing
-from dataclasses import replace
 from itertools import chain, repeat
 from typing import Any
 from urllib.parse import unquote_plus
@@ -32,25 +30,20 @@ from .config import options
 from .data import Demonstration, encode_demonstrations, read_conversation
 from .errors import UserError
 from .generate import is_instructed
-from .model import GPT
-from .scheduler import Completion, Piece, Request, SamplingParams
-from .tokenizer import ASSISTANT, EOS, Tokenizer
+from .scheduler import Piece, Request, SamplingParams, Scheduler
+from .tokenizer import ASSISTANT, EOS
 from .train import mix
 
 MAX_CHOICES = 128  # that a request makes, whether it shows them or not
 MAX_STOP = 256  # characters of a stop string
-COLDEST = 1e-6  # temperature: below it is 0, because logits divided by it overflow
 
-_SHARED = {"model": str, "stream": bool, "stream_options": dict, "user": str, "max_tokens": int}
-_SHARED |= {"logit_bias": dict, "return_token_ids": bool}
+# What a request may say, and of which type it must be; (type,) stands for one or a list of them.
+_SAMPLING = {o.name: (o.type,) if o.many else o.type for o in options(SamplingParams)}
+_SHARED = {"model": str, "stream": bool, "stream_options": dict, "user": str, "logit_bias": dict}
+_SHARED |= {"return_token_ids": bool} | _SAMPLING
 _CHAT = {"messages": list, "max_completion_tokens": int, "logprobs": bool, "top_logprobs": int}
-_CHAT |= _SHARED
 _COMPLETION = {"prompt": object, "echo": bool, "logprobs": int, "best_of": int, "raw": bool}
-_COMPLETION |= _SHARED
-_SAMPLING = {item.name: item for item in options(SamplingParams)}
-# Beyond these the sampler's float32 overflows, and one request must not spoil the others' step.
-_BOUNDS = {"temperature": (0, 100), "repetition_penalty": (0.01, 100)}
-_BOUNDS |= {"presence_penalty": (-100, 100), "frequency_penalty": (-100, 100)}
+_MOST = {int: (1 << 63) - 1, float: 100}  # of a number's size
 # What is not supported may still be given the value that asks for nothing.
 _NEUTRAL: dict[str, Any] = {"suffix": "", "tools": [], "tool_choice": "none"}
 _NEUTRAL |= {"response_format": {"type": "text"}, "logprobs": False, "best_of": 1}
@@ -79,60 +72,42 @@ def require(condition: Any, message: str, param: str = "", code: str = "") -> No
         raise ApiError(400, message, param, code)
 
 
-def _typed(name: str, value: Any, kind: type) -> Any:
+def _typed(name: str, value: Any, kind: Any) -> Any:
     """The value, if it is of this kind: an integer is a number, too, but true is no integer."""
-    if kind in (int, float):
-        good = type(value) in (int, kind) and abs(value) < 1 << 63
-    else:
-        good = isinstance(value, kind)
+    if isinstance(kind, tuple):
+        return tuple(_typed(name, v, *kind) for v in (value if type(value) is list else [value]))
+    good = type(value) in (int, kind) if kind in _MOST else isinstance(value, kind)
     require(good, f"{name} must be of type {kind.__name__}, got {json.dumps(value)[:80]}", name)
+    most = _MOST.get(kind, 0)
+    require(not most or abs(value) <= most, f"{name} must be in -{most} .. {most}", name)
     return float(value) if kind is float else value
 
 
-def _set(params: SamplingParams, name: str, value: Any) -> SamplingParams:
-    """The parameters with this one as a request has it."""
-    item = _SAMPLING[name]
-    values = value if item.many and isinstance(value, list) else [value]
-    values = tuple(_typed(name, v, item.type) for v in values)
-    if name == "temperature" and 0 < values[0] < COLDEST:
-        values = (0.0,)
-    if name in _BOUNDS:
-        (low, high), (number,) = _BOUNDS[name], values
-        require(low <= number <= high, f"{name} must be in [{low}, {high}], got {number}", name)
-    try:
-        return replace(params, **{name: values if item.many else values[0]})
-    except UserError as error:
-        raise ApiError(400, str(error).replace(item.flag, name), name) from error
-
-
-def _fields(body: bytes, known: dict[str, type]) -> tuple[dict[str, Any], SamplingParams]:
-    """What a body says: the fields that are `known`, and the sampling's. Null says nothing."""
+def _fields(body: bytes, known: dict[str, Any]) -> dict[str, Any]:
+    """What a body says. Null says nothing."""
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body must be JSON: {error}") from error
     require(isinstance(fields, dict), "the body must be a JSON object")
-    given, params = {}, SamplingParams(seed=secrets.randbits(62))
+    given = {}
     for name, value in fields.items():
-        if value is None:
-            continue
-        if name in known:
+        if name in known and value is not None:
             given[name] = _typed(name, value, known[name])
-        elif name in _SAMPLING:
-            params = _set(params, name, value)
-        elif name not in _NEUTRAL or value != _NEUTRAL[name]:
+        elif value not in (None, _NEUTRAL.get(name)):
             raise ApiError(400, f"{name} is not supported", name, "unsupported_parameter")
-    return given, params
+    return given
 
 
 class Checkpoint:
     """What is served, under its names."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, names: Sequence[str]) -> None:
-        self.tokenizer, self.names, self.created = tokenizer, list(names), int(time.time())
-        self.context, self.vocab_size = model.config.context, model.config.vocab_size
-        self.instructed = is_instructed(model)
-        self.longest = max(len(tokenizer.token_bytes(id)) for id in range(tokenizer.vocab_size))
+    def __init__(self, scheduler: Scheduler, names: Sequence[str]) -> None:
+        self.scheduler, self.names, self.created = scheduler, list(names), int(time.time())
+        self.tokenizer, self.context = scheduler.tokenizer, scheduler.model.config.context
+        self.instructed = is_instructed(scheduler.model)
+        bytes_of = self.tokenizer.token_bytes
+        self.longest = max(len(bytes_of(id)) for id in range(self.tokenizer.vocab_size))
 
     def known(self, name: str) -> str:
         """The name, perhaps unquoted, if it is one of the model's."""
@@ -144,9 +119,7 @@ class Checkpoint:
 
     def cards(self, kind: str, name: str | None) -> dict[str, Any]:
         """A description under this name, or under each: of kind "models" or "engines"."""
-        about: dict[str, Any] = {"object": "model", "owned_by": "instructcore"}
-        if kind == "engines":
-            about = {"object": "engine", "owner": "instructcore", "ready": True}
+        about = {"object": kind.removesuffix("s"), "owned_by": "instructcore", "ready": True}
         about |= {"created": self.created, "context": self.context, "instructed": self.instructed}
         if name:
             return {"id": self.known(name), **about}
@@ -164,32 +137,19 @@ class Checkpoint:
                 marker = self.tokenizer.prompt_ids("") if marked else []
             good = isinstance(ids, list) and all(type(id) is int for id in ids)
             require(good, "prompt must be a string, token ids or a list of either", "prompt")
-            self.check_ids(ids, "prompt")
-            require(ids + marker, "a prompt needs at least one token", "prompt")
             pairs.append((ids + marker, ids))
         return pairs
 
     def encode_chat(self, messages: list) -> list[tuple[list[int], list[int]]]:
         """The same of a conversation, which the assistant is to go on with."""
-        messages = [_plain(message) for message in messages]
-        fields = {k for m in messages if isinstance(m, dict) for k in m if m[k] is not None}
-        unknown = ", ".join(sorted(fields - {"role", "content"}))
-        require(not unknown, f"messages with {unknown} are not supported", "messages")
-        try:
-            said = Demonstration(tuple(read_conversation(messages)), {})
-        except UserError as error:
-            raise ApiError(400, str(error), "messages") from error
-        self._check_length("".join(turn.text for turn in said.turns), "messages")
+        turns = read_conversation([_plain(message) for message in messages])
+        self._check_length("".join(turn.text for turn in turns), "messages")
         # How long it may be depends on the response.
-        limits, marked = (sys.maxsize, "error"), self.instructed
-        ((ids, _),) = encode_demonstrations([said], self.tokenizer, *limits, marked=marked)
+        said, marked = [Demonstration(tuple(turns), {})], self.instructed
+        limits = (sys.maxsize, "error")
+        ((ids, _),) = encode_demonstrations(said, self.tokenizer, *limits, marked=marked)
         ids += self.tokenizer.prompt_ids("") if marked else []
-        require(ids, "messages need at least one token", "messages")
         return [(ids, ids)]
-
-    def check_ids(self, ids: Iterable[int], param: str) -> None:
-        last = self.vocab_size - 1
-        require(all(0 <= i <= last for i in ids), f"ids of {param} must be in 0 .. {last}", param)
 
     def _check_length(self, text: str, param: str) -> None:
         """Refuses what cannot fit before work is done on it: a token has so many bytes at most."""
@@ -199,34 +159,40 @@ class Checkpoint:
 
 
 def _plain(message: Any) -> Any:
-    """A message whose content, if it is a list of texts, is their sum."""
-    if not isinstance(message, dict) or not isinstance(message.get("content"), list):
-        return message
-    texts = []
-    for part in message["content"]:
-        good = isinstance(part, dict) and part.keys() == {"type", "text"}
-        good = good and part["type"] == "text" and isinstance(part["text"], str)
-        require(good, "the parts of a message must be {type: text, text}", "messages")
-        texts.append(part["text"])
-    return message | {"content": "".join(texts)}
+    """A message without what is null, whose content, if it is a list of texts, is their sum."""
+    require(isinstance(message, dict), f"messages must be objects, got {message!r:.80}", "messages")
+    plain = {name: value for name, value in message.items() if value is not None}
+    unknown = ", ".join(sorted(plain.keys() - {"role", "content"}))
+    require(not unknown, f"messages with {unknown} are not supported", "messages")
+    if isinstance(content := plain.get("content"), list):
+        for part in content:
+            good = isinstance(part, dict) and part.keys() == {"type", "text"}
+            good = good and part["type"] == "text" and isinstance(part["text"], str)
+            require(good, "the parts of a message must be {type: text, text}", "messages")
+        plain["content"] = "".join(part["text"] for part in content)
+    return plain
 
 
-class _Choice:
-    """One response: each piece becomes what it adds, and these join to the whole."""
+class Choice:
+    """One response: each piece becomes what it adds."""
 
-    def __init__(self, ask: Ask, prompt: list[int], shown: list[int]) -> None:
-        self.ask, self.prompt, self.shown = ask, prompt, shown
-        self.completion: Completion | None = None
+    def __init__(self, ask: Ask, index: int, request: Request, shown: list[int]) -> None:
+        self.ask, self.index, self.request, self.shown = ask, index, request, shown
         self._stream, self._offset, self._begun = ask.tokenizer.stream(), 0, False
 
     @property
     def likelihood(self) -> float:
         """The mean log-probability of its tokens."""
-        return sum(self.completion.logprobs) / max(len(self.completion.logprobs), 1)
+        return sum(self.request.logprobs) / max(len(self.request.logprobs), 1)
 
-    def take(self, request: Request, piece: Piece) -> dict[str, Any]:
+    def whole(self) -> dict[str, Any]:
+        """All of it, once it is complete, as one piece."""
+        c = self.request.completion
+        return self.take(Piece(0, c.text, c, c.token_ids, c.logprobs, c.top_logprobs or ()))
+
+    def take(self, piece: Piece) -> dict[str, Any]:
         """What a piece adds: text, logprobs and finish_reason, and ids where they are wanted."""
-        ask, text, self.completion = self.ask, piece.text, piece.completion
+        ask, request, text = self.ask, self.request, piece.text
         rows = _rows(piece.token_ids, piece.logprobs, piece.top_logprobs)
         begins, self._begun = not self._begun, True
         if begins and ask.echo:
@@ -238,7 +204,7 @@ class _Choice:
         if ask.top is not None:
             part["logprobs"] = self._for_chat(rows) if ask.chat else self._logprobs(rows)
         if ask.return_ids:
-            part |= {"prompt_token_ids": self.prompt} if begins else {}
+            part |= {"prompt_token_ids": request.prompt} if begins else {}
             part["token_ids"] = list(piece.token_ids)
         return part
 
@@ -246,12 +212,10 @@ class _Choice:
         """A token as text; where its bytes are none, escaped as OpenAI does."""
         tokenizer = self.ask.tokenizer
         spelt = tokenizer.token_bytes(id)
-        try:
-            specials = {tokenizer.eos_id: EOS, tokenizer.assistant_id: ASSISTANT}
-            return spelt.decode() or specials.get(id, f"<|{id}|>")
-        except UnicodeDecodeError:
-            text = spelt.decode("utf-8", "backslashreplace")
-            return text if self.ask.chat else f"bytes:{text}"
+        if not spelt:
+            return {tokenizer.eos_id: EOS, tokenizer.assistant_id: ASSISTANT}.get(id, f"<|{id}|>")
+        text = spelt.decode("utf-8", "backslashreplace")
+        return text if self.ask.chat or text.encode() == spelt else f"bytes:{text}"
 
     def _logprobs(self, rows: Iterable[tuple]) -> dict[str, Any]:
         names, logprobs, likeliest, offsets = [], [], [], []
@@ -286,25 +250,14 @@ def _finite(logprob: float) -> float:
     return max(logprob, -9999.0)  # JSON knows no infinity
 
 
-def _join(whole: dict[str, Any], part: dict[str, Any]) -> None:
-    """Adds what a piece has added: texts and lists go on, the rest is set."""
-    for name, value in part.items():
-        if isinstance(value, dict) and name in whole:
-            _join(whole[name], value)
-        elif isinstance(value, str | list) and whole.get(name) is not None:
-            whole[name] += value
-        else:
-            whole[name] = value
-
-
-# What a step has added to an answer: (index of a choice, its request, a piece of it).
-Parts = list[tuple[int, Request, Piece]]
+Part = tuple[Choice, Piece]
 
 
 class Ask:
     """A request for completions or chat: what it asks for, and the JSON of its answer.
 
-    `prompts` are what the scheduler is to continue; the rest of its answer follows from the pieces.
+    `choices` have the requests that the scheduler is to complete. Its user puts what comes of them
+    into `parts`, one (choice, piece) after the other; or an error.
 
     Raises:
         ApiError: it asks for what cannot be, or for what is not supported.
@@ -312,62 +265,35 @@ class Ask:
 
     def __init__(self, served: Checkpoint, body: bytes, chat: bool, path: str | None) -> None:
         self.tokenizer, self.chat = served.tokenizer, chat
-        # Of the engine: what answers it, and what it has added to the answer.
-        self.requests: list[Request] = []
-        self.parts: asyncio.Queue[Parts | Exception] = asyncio.Queue()
-
-        given, params = _fields(body, _CHAT if chat else _COMPLETION)
+        self.parts: asyncio.Queue[Part | Exception] = asyncio.Queue()
+        given = _fields(body, _SHARED | (_CHAT if chat else _COMPLETION))
         names = [name for name in (path, given.get("model")) if name is not None]
         require(names, "model is missing", "model")
         self.model = [served.known(name) for name in names][0]
-        self._shape(given, params)
-        bias = _bias(given.get("logit_bias", {}), served.vocab_size)
-        served.check_ids(params.stop_token_ids, "stop_token_ids")
-        params = replace(params, n=self.made, logit_bias=bias, top_logprobs=self.top or 0)
-
+        self._shape(given)
         field = "messages" if chat else "prompt"
         require(field in given, f"{field} is missing", field)
-        raw = given.get("raw", False)
-        pairs = served.encode_chat(given[field]) if chat else served.encode(given[field], raw)
-        count = len(pairs) * self.made
-        require(count <= MAX_CHOICES, f"at most {MAX_CHOICES} responses, got {count}", "n")
-        self.choices = [_Choice(self, *pair) for pair in pairs for _ in range(self.made)]
-        self.given = sum(len(ids) for ids, _ in pairs)  # tokens
+        try:
+            self.choices = self._choices(served, given, field)
+        except UserError as error:  # it names a setting, perhaps as a flag, or is about the prompt
+            name, _, rest = str(error).partition(" ")
+            name = name.lstrip("-").replace("-", "_")
+            param = name if name in _SHARED else field
+            raise ApiError(400, f"{name} {rest:.300}", param) from error
 
-        limits = ("max_completion_tokens", "max_tokens")
-        require(not given.keys() >= {*limits}, "max_tokens twice", "max_tokens")
-        limit = next((given[name] for name in limits if name in given), None if chat else 16)
-        self.prompts: list[tuple[list[int], SamplingParams]] = []
-        for i, (ids, _) in enumerate(pairs):
-            room = served.context - len(ids)
-            tokens = max(room, 1) if limit is None else limit
-            least = 0 if self.echo else 1
-            message = f"max_tokens must be at least 1, or 0 with echo, got {tokens}"
-            require(tokens >= least, message, "max_tokens")
-            message = f"a prompt of {len(ids)} and a response of {tokens} tokens exceed the context"
-            message += f" of {served.context} tokens"
-            require(tokens <= room, message, field, "context_length_exceeded")
-            scored = self.echo and (self.top is not None or tokens == 0)
-            seed = mix(params.seed, i * self.made) if i else params.seed
-            own = replace(params, max_tokens=tokens, prompt_logprobs=scored, seed=seed)
-            self.prompts.append((ids, own))
-
-    def _shape(self, given: dict[str, Any], params: SamplingParams) -> None:
+    def _shape(self, given: dict[str, Any]) -> None:
         """What the answer is to look like."""
         self.return_ids, self.echo = given.get("return_token_ids", False), given.get("echo", False)
-        self.stream, extra = given.get("stream", False), dict(given.get("stream_options", {}))
+        self.stream, extra = given.get("stream", False), given.get("stream_options", {})
         require(self.stream or not extra, "stream_options needs stream: true", "stream_options")
         self.usage = _typed("include_usage", extra.pop("include_usage", False), bool)
         require(not extra, f"stream_options has unknown {[*extra]}", "stream_options")
 
-        require(len(params.stop) <= 4, "stop takes at most 4 strings", "stop")
-        longest = max(map(len, params.stop), default=0)
-        require(longest <= MAX_STOP, f"stop takes at most {MAX_STOP} characters each", "stop")
-
-        self.shown, self.made = params.n, given.get("best_of", params.n)  # responses per prompt
+        self.shown = given.get("n", 1)  # responses per prompt
+        self.made = given.get("best_of", self.shown)
         require(self.made >= self.shown, f"best_of must be at least n, got {self.made}", "best_of")
-        chooses = self.made > self.shown
-        require(not (chooses and self.stream), "best_of cannot choose in a stream", "best_of")
+        whole = self.made == self.shown or not self.stream
+        require(whole, "best_of cannot choose in a stream", "best_of")
 
         # How many of the likeliest tokens to show; None: no log-probabilities at all.
         self.top, name, most = given.get("logprobs"), "logprobs", 5
@@ -377,56 +303,89 @@ class Ask:
             self.top = given.get(name, 0) if wanted else None
         require(self.top is None or 0 <= self.top <= most, f"{name} must be in 0 .. {most}", name)
 
-    async def whole(self, answer: AsyncIterator[Parts]) -> dict[str, Any]:
+    def _choices(self, served: Checkpoint, given: dict[str, Any], field: str) -> list[Choice]:
+        """What is to be made: `made` responses to one prompt after the other."""
+        raw = given.get("raw", False)
+        pairs = served.encode_chat(given[field]) if self.chat else served.encode(given[field], raw)
+        count = len(pairs) * self.made
+        require(count <= MAX_CHOICES, f"at most {MAX_CHOICES} responses, got {count}", "n")
+        stop = given.get("stop", ())
+        few = len(stop) <= 4 and all(len(string) <= MAX_STOP for string in stop)
+        require(few, f"stop takes at most 4 strings of {MAX_STOP} characters", "stop")
+        limits = [given[name] for name in ("max_completion_tokens", "max_tokens") if name in given]
+        require(len(limits) < 2, "max_tokens twice", "max_tokens")
+
+        settings = {name: given[name] for name in given.keys() & _SAMPLING.keys()}
+        settings |= {"n": self.made, "top_logprobs": self.top or 0}
+        bias = given.get("logit_bias", {})
+        known = all(re.fullmatch("[0-9]{1,9}", id) for id in bias)
+        require(known, "logit_bias must map token ids to numbers", "logit_bias")
+        settings["logit_bias"] = {int(id): _typed("logit_bias", b, float) for id, b in bias.items()}
+        first = settings.get("seed", secrets.randbits(62))
+        choices: list[Choice] = []
+        for ids, shown in pairs:
+            room = served.context - len(ids)
+            (tokens,) = limits or [max(room, 1) if self.chat else 16]
+            message = f"a prompt of {len(ids)} and a response of {tokens} tokens exceed the context"
+            message += f" of {served.context} tokens"
+            require(tokens <= room, message, field, "context_length_exceeded")
+            require(tokens or self.echo, "max_tokens may be 0 only with echo", "max_tokens")
+            settings["max_tokens"] = tokens
+            settings["prompt_logprobs"] = self.echo and (self.top is not None or tokens == 0)
+            settings["seed"] = mix(first, len(choices)) if choices else first
+            requests = served.scheduler.requests(ids, SamplingParams(**settings))
+            choices += [Choice(self, len(choices) + i, r, shown) for i, r in enumerate(requests)]
+        return choices
+
+    async def whole(self, parts: AsyncIterator[Part]) -> dict[str, Any]:
         """The answer as one object."""
-        made: list[dict[str, Any]] = [{} for _ in self.choices]
-        async for parts in answer:
-            for i, *piece in parts:
-                _join(made[i], self.choices[i].take(*piece))
+        async for _ in parts:
+            pass  # the requests keep what has come to them
         shown = []
-        for first in range(0, len(made), self.made):
-            group = [*range(first, first + self.made)]
+        for i in range(0, len(self.choices), self.made):
+            group = self.choices[i : i + self.made]
             if self.made > self.shown:  # the likeliest per token
-                group.sort(key=lambda i: self.choices[i].likelihood, reverse=True)
-            shown += [made[i] for i in group[: self.shown]]
-        for choice in shown if self.chat else ():
-            content = {"role": "assistant", "content": choice.pop("text"), "refusal": None}
-            choice["message"] = content
-        choices = [{"index": i, **choice} for i, choice in enumerate(shown)]
+                group.sort(key=lambda choice: choice.likelihood, reverse=True)
+            shown += group[: self.shown]
+        choices = []
+        for i, choice in enumerate(shown):
+            part = choice.whole()
+            if self.chat:
+                content = {"role": "assistant", "content": part.pop("text"), "refusal": None}
+                part["message"] = content
+            choices.append({"index": i} | part)
+            await asyncio.sleep(0)  # there are others to serve meanwhile
         return self._head() | {"choices": choices} | self._usage()
 
-    async def events(self, answer: AsyncIterator[Parts]) -> AsyncIterator[str]:
-        """The answer as server-sent events; an error before the first one is raised."""
-        head, began = self._head() | ({"usage": None} if self.usage else {}), False
+    async def events(self, part: Part | None, parts: AsyncIterator[Part]) -> AsyncIterator[str]:
+        """The answer as server-sent events, from its first part on."""
+        head = self._head() | ({"usage": None} if self.usage else {})
 
-        def event(body: dict[str, Any]) -> str:
-            return f"data: {json.dumps(body)}\n\n"
+        def event(*choices: dict[str, Any], **usage: Any) -> str:
+            return f"data: {json.dumps(head | {'choices': choices} | usage)}\n\n"
 
-        def chunk(i: int, delta: dict[str, Any], **part: Any) -> str:
-            text = {"delta": delta} if self.chat else {"text": delta.get("content", "")}
-            part = {"index": i, **text, "logprobs": None, "finish_reason": None} | part
-            return event(head | {"choices": [part]})
+        def chunk(choice: Choice, delta: dict[str, Any], **rest: Any) -> str:
+            said = {"delta": delta} if self.chat else {"text": delta.get("content", "")}
+            empty = {"index": choice.index, "logprobs": None, "finish_reason": None}
+            return event(empty | said | rest)
 
         try:
-            async with aclosing(answer):
-                async for parts in answer:
-                    for i in range(len(self.choices)) if self.chat and not began else ():
-                        yield chunk(i, {"role": "assistant", "content": ""})
-                    began = True
-                    for i, *piece in parts:
-                        part = self.choices[i].take(*piece)
-                        text, reason = part.pop("text"), part.pop("finish_reason")
-                        if text or part["logprobs"] or len(part) > 1:
-                            yield chunk(i, {"content": text}, **part)
-                        if reason:
-                            yield chunk(i, {}, finish_reason=reason)
+            for choice in self.choices if self.chat else ():
+                yield chunk(choice, {"role": "assistant", "content": ""})
+            while part:
+                choice, piece = part
+                added = choice.take(piece)
+                text, reason = added.pop("text"), added.pop("finish_reason")
+                if text or added["logprobs"] or len(added) > 1:
+                    yield chunk(choice, {"content": text}, **added)
+                if reason:
+                    yield chunk(choice, {}, finish_reason=reason)
+                part = await anext(parts, None)
             if self.usage:
-                yield event(head | {"choices": []} | self._usage())
+                yield event(**self._usage())
             yield "data: [DONE]\n\n"
         except Exception as error:
-            if not began:
-                raise
-            yield event(as_api_error(error).body)
+            yield f"data: {json.dumps(as_api_error(error).body)}\n\n"
 
     def _head(self) -> dict[str, Any]:
         kind = "chat.completion" + ".chunk" * self.stream if self.chat else "text_completion"
@@ -434,16 +393,7 @@ class Ask:
         return {"id": id, "object": kind, "created": int(time.time()), "model": self.model}
 
     def _usage(self) -> dict[str, Any]:
-        sampled = sum(len(choice.completion.token_ids) for choice in self.choices)
-        counts = {"prompt_tokens": self.given, "completion_tokens": sampled}
-        return {"usage": {**counts, "total_tokens": self.given + sampled}}
-
-
-def _bias(given: dict[str, Any], vocab_size: int) -> dict[int, float]:
-    """logit_bias: the nats that are added to the logit of a token."""
-    message = f"logit_bias must map token ids in 0 .. {vocab_size - 1} to numbers in -100 .. 100"
-    for id, nats in given.items():
-        good = re.fullmatch("[0-9]{1,9}", id) and int(id) < vocab_size
-        good = good and type(nats) in (int, float) and -100 <= nats <= 100
-        require(good, message, "logit_bias")
-    return {int(id): float(nats) for id, nats in given.items()}
+        given = sum(len(choice.request.prompt) for choice in self.choices[:: self.made])
+        sampled = sum(len(choice.request.logprobs) for choice in self.choices)
+        counts = {"prompt_tokens": given, "completion_tokens": sampled}
+        return {"usage": {**counts, "total_tokens": given + sampled}}

@@ -171,6 +171,13 @@ def test_ends(model):
     assert len(complete(model, [1] * 95, seed=2).token_ids) == 1
 
 
+def test_next_to_no_temperature_is_none(model):
+    """Logits divided by less than 1e-6 may be infinite."""
+    greedy = complete(model, [1, 2], max_tokens=12, temperature=0.0)
+    for temperature in (1e-45, 1e-30, 1e-7):
+        assert complete(model, [1, 2], max_tokens=12, temperature=temperature) == greedy
+
+
 def test_penalties(model):
     prompt = [40, 41, 42, 40]
     for params in ({"presence_penalty": 1e4}, {"frequency_penalty": 1e4}):
@@ -345,6 +352,9 @@ def test_rejects(model):
         ({"top_p": 2.0}, "--top-p must be in"),
         ({"max_tokens": 0}, "--max-tokens must be in"),
         ({"n": 0}, "--n must be in"),
+        ({"repetition_penalty": 1e-45}, r"--repetition-penalty must be in \[0.01, 1e6\]"),
+        ({"presence_penalty": 1e39}, r"--presence-penalty must be in \[-1e6, 1e6\]"),
+        ({"frequency_penalty": float("nan")}, r"--frequency-penalty must be in \[-1e6, 1e6\]"),
         ({"stop": "word"}, "stop must be a tuple of strings"),
         ({"stop": ("",)}, "stop must be a tuple of strings"),
     ):

@@ -470,6 +470,20 @@ def test_a_bug_is_a_json_error(monkeypatch):
     client.close()
 
 
+def test_no_memory_for_the_cache(monkeypatch):
+    """What fails before a step, too, is an error of those who wait, and the next are served."""
+
+    def fails(requests):
+        raise MemoryError
+
+    client = Client(make_engine())
+    monkeypatch.setattr(client.engine._scheduler, "queue", fails)
+    error(client.complete(), 500, None)
+    assert client.complete().status_code == 200
+    assert client.engine.load == 0
+    client.close()
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 @pytest.mark.parametrize("stream", [True, False])
 def test_who_leaves_is_forgotten(monkeypatch, stream, path):
