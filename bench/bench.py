@@ -7,8 +7,9 @@ Each bench_<op>.py offers `cases(device)`, which yields `Case`s. All variants of
 interleaved rounds, so that a busy machine hits them alike; a round's ratio is taken within the
 round. Bytes and FLOPs are what the algorithm must move and do, derived beside each case.
 
-On a GPU each call is timed by CUDA events, behind a write of more than L2 holds and a pause in
-which the host gets ahead; rounds take turns between two sets of a case's tensors.
+On a CPU what was called before comes to rest, and one call is not timed. On a GPU each call is
+timed by CUDA events, behind a write of more than L2 holds and a pause in which the host gets ahead;
+rounds take turns between two sets of a case's tensors.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
+# Seconds: torch's OpenMP threads look for work for some 5 ms after a call, on cores that others need.
+REST = 0.01
 FIELDS = (
     "op,variant,pass,dtype,case,p20_us,p50_us,p80_us,bytes,flops,pct_roofline,device,torch,commit,date,"
     "command"
@@ -93,6 +96,9 @@ def time_once(f: Callable[[], object], setup: Callable | None, device: str, call
         calls = 1
     if device == "cuda":
         return time_on_gpu(f, setup, calls)
+    time.sleep(REST)
+    if setup is None:
+        f()  # wakes the threads that it uses
     start = time.perf_counter()
     for _ in range(calls):
         f()
