@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-# Seconds: torch's OpenMP threads look for work for some 5 ms after a call, on cores that others need.
+# Seconds. torch's OpenMP threads look for work for 5 ms after a call, on cores that others need.
 REST = 0.01
 FIELDS = (
     "op,variant,pass,dtype,case,p20_us,p50_us,p80_us,bytes,flops,pct_roofline,device,torch,commit,date,"

@@ -187,7 +187,7 @@ def decode(shape, dtype, device, size=16):
         variants[f"{name}, dense"] = lambda f=f: theirs(f)
     if device == "cpu":  # what memory gives: a sum of the same bytes
         words = [x.view(torch.float32) for x in caches]
-        variants["reading the caches"] = lambda: [x.sum() for x in words]
+        variants["floor: reading the caches"] = lambda: [x.sum() for x in words]
     yield Case(
         f"decode B{batch} H{heads}/{kv_heads} S{held} D{dim}",
         dtype,

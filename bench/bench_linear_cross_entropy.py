@@ -44,7 +44,7 @@ def cases(device: str) -> Iterator[Case]:
                 losses["Liger"] = f
             leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
             variants = {k: lambda f=f, a=(*leaves, targets): step(f, *a) for k, f in losses.items()}
-            variants["three GEMMs alone"] = lambda a=(hidden, weight, grad): gemms(*a)
+            variants["floor: three GEMMs alone"] = lambda a=(hidden, weight, grad): gemms(*a)
             yield Case(
                 f"{rows} x {vocab} x {channels}",
                 str(dtype).removeprefix("torch."),

@@ -62,9 +62,9 @@ def cases(device: str) -> Iterator[Case]:
                     for k, f in functions.items()
                 }
                 if name == "fwd":
-                    variants["GEMM alone"] = lambda h=hidden, w=weight: torch.mm(h, w.t())
+                    variants["floor: GEMM alone"] = lambda h=hidden, w=weight: torch.mm(h, w.t())
                 else:
-                    variants["four GEMMs alone"] = lambda a=(hidden, weight, grad): gemms(*a)
+                    variants["floor: four GEMMs alone"] = lambda a=(hidden, weight, grad): gemms(*a)
                 yield Case(
                     f"{rows} x {vocab} x {channels}",
                     str(dtype).removeprefix("torch."),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +21,10 @@ HEADERS = {
     "README.md": "op | case | dtype | pass | ours, p50 | best rival, p50 | ratio",
     "README.zh.md": "算子 | 规模 | dtype | pass | 本项目 p50 | 最快的对手 p50 | 倍数",
 }
-BEGIN, END = "<!-- bench:begin -->\n", "<!-- bench:end -->"
+SUMMARY_HEADERS = {
+    "README.md": "op | dtype | pass | cases | best rival's time ÷ ours: median (least to most)",
+    "README.zh.md": "算子 | dtype | pass | 规模数 | 最快对手的时间 ÷ 本项目：中位数（最小到最大）",
+}
 
 
 class Result(NamedTuple):
@@ -50,6 +54,37 @@ def read() -> list[Result]:
     return sorted(results, key=lambda r: (r.device, r.op))
 
 
+def best_rival(result: Result) -> tuple[str, float] | None:
+    """The fastest one and its seconds."""
+    rivals = [name for name in result.seconds if not name.startswith(("ours", "floor"))]
+    name = min(rivals, key=result.seconds.__getitem__, default=None)
+    return (name, result.seconds[name]) if name else None
+
+
+def summary(results: list[Result], header: str) -> Iterator[str]:
+    """Lines of Markdown: a table of ratios, of the device that was measured last."""
+    device = max(results, key=lambda r: r.made.rpartition(" ")[2]).device
+    groups: dict[tuple, list[float]] = {}
+    for r in results:
+        if r.device == device and (found := best_rival(r)):
+            ratio = found[1] / r.seconds["ours"]
+            groups.setdefault((kind_of(r), r.dtype, r.run), []).append(ratio)
+    yield f"\n`{device}`\n\n| {header} |"
+    yield "|---|---|---|---:|---:|"
+    for (kind, dtype, run), ratios in groups.items():
+        span = f"{statistics.median(ratios):.2f} × ({min(ratios):.2f} to {max(ratios):.2f})"
+        yield f"| {kind} | {dtype} | {run} | {len(ratios)} | {span} |"
+
+
+def kind_of(result: Result) -> str:
+    """The op; `attention` is measured in three forms."""
+    if result.op != "attention":
+        return f"`{result.op}`"
+    if result.case.startswith("decode"):
+        return "`attention_paged_`, decoding"
+    return "`attention_varlen`" if "lengths" in result.case else "`attention`"
+
+
 def table(results: list[Result], header: str) -> Iterator[str]:
     """Lines of Markdown: for each device a line that names it, and a table."""
     for device in dict.fromkeys(r.device for r in results):
@@ -57,12 +92,10 @@ def table(results: list[Result], header: str) -> Iterator[str]:
         yield f"\n`{device}`: {'; '.join(sorted({r.made for r in here}))}\n\n| {header} |"
         yield "|---|---|---|---|---:|---:|---:|"
         for r in here:
-            rivals = [name for name in r.seconds if not name.startswith(("ours", "floor"))]
             cells = [f"`{r.op}`", r.case, r.dtype, r.run, duration(r.seconds["ours"])]
-            if rivals:
-                name = min(rivals, key=lambda name, r=r: r.seconds[name])
-                cells.append(f"{name}, {duration(r.seconds[name])}")
-                cells.append(f"{r.seconds[name] / r.seconds['ours']:.2f} ×")
+            if found := best_rival(r):
+                cells.append(f"{found[0]}, {duration(found[1])}")
+                cells.append(f"{found[1] / r.seconds['ours']:.2f} ×")
             yield f"| {' | '.join(cells)} |"
 
 
@@ -89,6 +122,17 @@ def plot(results: list[Result], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def replace_block(path: Path, name: str, lines: Iterator[str]) -> None:
+    """Puts lines between <!-- name:begin --> and <!-- name:end -->."""
+    first, last = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+    before, begin, rest = path.read_text("utf-8").partition(first)
+    _, end, after = rest.partition(last)
+    if not end:
+        raise SystemExit(f"{path}: no {first.strip()} ... {last}")
+    text = "\n".join(lines)
+    path.write_text(f"{before}{begin}{text}\n\n{end}{after}", "utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--readme", action="store_true", help="update the tables of the READMEs")
@@ -96,12 +140,9 @@ def main() -> None:
     options = parser.parse_args()
     if not (results := read()):
         raise SystemExit("nothing in bench/results: run python bench/bench.py all --record first")
-    for name, header in HEADERS.items() if options.readme else ():
-        before, begin, rest = (ROOT / name).read_text("utf-8").partition(BEGIN)
-        lines, (_, end, after) = "\n".join(table(results, header)), rest.partition(END)
-        if not end:
-            raise SystemExit(f"{name}: no {BEGIN.strip()} ... {END}")
-        (ROOT / name).write_text(f"{before}{begin}{lines}\n\n{end}{after}", "utf-8")
+    for name in HEADERS if options.readme else ():
+        replace_block(ROOT / name, "bench", table(results, HEADERS[name]))
+        replace_block(ROOT / name, "bench-summary", summary(results, SUMMARY_HEADERS[name]))
     if not options.readme:
         print("\n".join(table(results, HEADERS["README.md"])))
     for op in dict.fromkeys(r.op for r in results) if options.plots else ():
