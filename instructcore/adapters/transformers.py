@@ -122,11 +122,12 @@ def use(model: PreTrainedModel) -> list[str]:
     Raises TypeError for what is no model of transformers, and ValueError for one that does not run
     with flash attention either or is made of several models.
     """
-    name, this = type(model).__name__, weakref.ref(model, replaced.pop)
+    name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"use: model must be a PreTrainedModel, got {name}")
     if not model._supports_flash_attn or model.config.sub_configs:
         raise ValueError(f"use: model must be of text and support flash attention, got {name}")
+    this = weakref.ref(model, lambda gone: replaced.pop(gone, None))
 
     def change():
         old = this().config._attn_implementation
