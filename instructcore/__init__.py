@@ -32,7 +32,7 @@ _EXPORTS = {
     "score": "generate",
 }
 _MODULES = (
-    "data", "dpo", "evaluate", "generate", "guards", "label", "model", "ops", "ppo",
+    "adapters", "data", "dpo", "evaluate", "generate", "guards", "label", "model", "ops", "ppo",
     "pretrain", "quickstart", "reward", "serve", "sft", "tokenizer", "train",
 )  # fmt: skip
 __all__ = [*_EXPORTS, *_MODULES]

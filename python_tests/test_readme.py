@@ -68,6 +68,13 @@ def test_drop_in_learns():
     assert names["rewards"].mean() > 0.8, printed
 
 
+def test_adapter_learns():
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    names, printed = run(snippet(README, "adapters.transformers"))
+    assert names["loss"] < 1.5 and "-> instructcore.adapters.transformers" in printed
+    assert names["model"].config._attn_implementation == "sdpa"
+
+
 def test_api(tmp_path, monkeypatch):
     tokenizer = Tokenizer.bytes()
     shape = ModelConfig(vocab_size=tokenizer.vocab_size, layers=1, heads=2, width=16, context=64)

@@ -1,0 +1,45 @@
+"""TRL (1.x): log-probabilities of chosen tokens, and entropies, from one read of the logits.
+
+Results are float32, as those of TRL's own fused kernel.
+"""
+
+from instructcore.ops import TokenLogprobs, token_logprobs
+
+from . import replacing
+
+
+def rows(logits, index, temperature, row_mask, entropy) -> TokenLogprobs:
+    """`token_logprobs` of logits (..., V) at index (...), of index's shape."""
+    if index.shape != logits.shape[:-1]:
+        raise ValueError(f"index must be {logits.shape[:-1]}, got {index.shape}")
+    mask = None if row_mask is None else row_mask.reshape(-1) != 0
+    how = {"temperature": temperature, "mask": mask, "entropy": entropy}
+    found = token_logprobs(logits.reshape(-1, logits.shape[-1]), index.reshape(-1).long(), **how)
+    return TokenLogprobs(*(x if x is None else x.view(index.shape) for x in found))
+
+
+def selective_log_softmax(logits, index, temperature=1.0, row_mask=None):
+    """logits (..., V), index and row_mask (...) or (..., K) -> float32, of index's shape, 0 where
+    row_mask is. K tokens of a row take one read of it."""
+    if index.ndim != logits.ndim:
+        return rows(logits, index, temperature, row_mask, False).logprobs
+    first = rows(logits, index[..., 0], temperature, None, False).logprobs
+    chosen = logits.gather(-1, index.long()).float() / temperature
+    logprobs = chosen - chosen[..., :1] + first[..., None]
+    return logprobs if row_mask is None else logprobs.masked_fill(row_mask == 0, 0.0)
+
+
+def entropy_from_logits(logits, chunk_size=128):
+    """logits (..., V) -> nats, float32 (...). `chunk_size` changes nothing: there is no copy."""
+    return rows(logits, logits.new_zeros(logits.shape[:-1]), 1.0, None, True).entropy
+
+
+def selective_log_softmax_and_entropy(logits, index, entropy_requires_grad=True, temperature=1.0,
+                                      row_mask=None):  # fmt: skip
+    """logits (..., V), index and row_mask (...) -> (log-probabilities, entropies), float32."""
+    found = rows(logits, index, temperature, row_mask, True)
+    return found.logprobs, found.entropy if entropy_requires_grad else found.entropy.detach()
+
+
+_ours = (selective_log_softmax, entropy_from_logits, selective_log_softmax_and_entropy)
+use, restore = replacing({"trl.trainer.utils": _ours})

@@ -1,0 +1,846 @@
+"""Other libraries' functions by our kernels: the same arguments, the same results, undone again."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import inspect
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerance import assert_close, assert_same_bits
+
+from instructcore import adapters
+from instructcore.adapters import cleanrl, flash_attn, liger, torchrl, trl, verl
+
+# Where each library keeps what we stand in for, and how it is called there.
+WITH_KVCACHE = (
+    "q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, "
+    "cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, "
+    "causal=False, window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, "
+    "alibi_slopes=None, num_splits=0, return_softmax_lse=False"
+)
+DENSE = (
+    "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, "
+    "alibi_slopes=None, deterministic=False, return_attn_probs=False"
+)
+GAE = "gamma, lmbda, state_value, next_state_value, reward, done, terminated=None, *, time_dim=-2"
+LIGER = (
+    "weight=None, ignore_index=-100, lse_square_scale=0.0, label_smoothing=0.0, "
+    "reduction='mean', softcap=None, return_z_loss=False, "
+)
+FOREIGN = {
+    flash_attn: {
+        "flash_attn.flash_attn_interface.flash_attn_func": f"q, k, v, {DENSE}",
+        "flash_attn.flash_attn_interface.flash_attn_varlen_func": (
+            "q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, "
+            f"{DENSE}, block_table=None"
+        ),
+        "flash_attn.flash_attn_interface.flash_attn_with_kvcache": WITH_KVCACHE,
+    },
+    trl: {
+        "trl.trainer.utils.selective_log_softmax": "logits, index, temperature=1.0, row_mask=None",
+        "trl.trainer.utils.entropy_from_logits": "logits, chunk_size=128",
+        "trl.trainer.utils.selective_log_softmax_and_entropy": (
+            "logits, index, entropy_requires_grad=True, temperature=1.0, row_mask=None"
+        ),
+    },
+    verl: {
+        "verl.utils.torch_functional.logprobs_from_logits": "logits, labels, inplace_backward=True",
+        "verl.utils.kernel.linear_cross_entropy.linear_cross_entropy": (
+            "hidden, weight, labels, temperature=1.0, reduction='none', dist_process_group=None"
+        ),
+        "verl.trainer.ppo.core_algos.compute_gae_advantage_return": (
+            "token_level_rewards, values, response_mask, gamma, lam"
+        ),
+    },
+    liger: {
+        "liger_kernel.transformers.cross_entropy.LigerCrossEntropyLoss": (
+            f"{LIGER}return_token_accuracy=False, return_predicted_tokens=False"
+        ),
+        "liger_kernel.transformers.fused_linear_cross_entropy.LigerFusedLinearCrossEntropyLoss": (
+            f"ce_{LIGER}accum_dtype=None, use_token_scaling=False, return_token_accuracy=False, "
+            "return_predicted_tokens=False"
+        ),
+    },
+    torchrl: {
+        "torchrl.objectives.value.functional.generalized_advantage_estimate": GAE,
+        "torchrl.objectives.value.functional.vec_generalized_advantage_estimate": GAE,
+    },
+}
+PATHS = [(adapter, path) for adapter, paths in FOREIGN.items() for path in paths]
+
+
+def short(x) -> str:
+    return x.rpartition(".")[2] if isinstance(x, str) else x.__name__.rpartition(".")[2]
+
+
+@pytest.mark.parametrize(("adapter", "path"), PATHS, ids=short)
+def test_same_signature(adapter, path):
+    ours = getattr(adapter, short(path))
+    assert str(inspect.signature(ours)) == f"({FOREIGN[adapter][path]})"
+    if importlib.util.find_spec(path.partition(".")[0]) is None:
+        return  # theirs is not here to be asked
+    theirs = getattr(importlib.import_module(path.rpartition(".")[0]), short(path))
+    plain = [
+        [(p.name, p.default) for p in inspect.signature(f).parameters.values()]
+        for f in (ours, theirs)
+    ]
+    assert plain[0] == plain[1]
+
+
+@pytest.mark.parametrize("adapter", FOREIGN, ids=short)
+def test_replaces_and_restores(adapter, monkeypatch):
+    """In a library of this shape: the functions' homes, and a module that imported one of them."""
+    library = next(iter(FOREIGN[adapter])).partition(".")[0]
+    user, stranger = types.ModuleType(f"{library}.user"), types.ModuleType("stranger")
+    modules, theirs = {f"{library}.user": user, "stranger": stranger}, {}
+    for path in FOREIGN[adapter]:
+        home, _, name = path.rpartition(".")
+        theirs[path] = types.FunctionType((lambda: None).__code__, {}, name)
+        setattr(modules.setdefault(home, types.ModuleType(home)), name, theirs[path])
+        user.renamed = stranger.renamed = theirs[path]
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(ValueError, match="use\\(\\) must come first"):
+        adapter.restore()
+    before = adapters.report()
+    lines = adapter.use()
+    assert adapter.use() == lines and adapters.report() == [*before, *lines]
+    for path, line in zip(theirs, lines, strict=True):
+        assert path in line and line.endswith(f" -> instructcore.adapters.{short(adapter)}")
+        home, _, name = path.rpartition(".")
+        assert getattr(modules[home], name) is getattr(adapter, name)
+    assert user.renamed is getattr(adapter, short(path)) and f"{library}.user.renamed" in lines[-1]
+    assert stranger.renamed is theirs[path]
+    late = types.ModuleType(f"{library}.late")
+    late.imported = user.renamed
+    monkeypatch.setitem(sys.modules, late.__name__, late)
+    adapter.restore()
+    assert adapters.report() == before
+    for path, function in theirs.items():
+        assert getattr(modules[path.rpartition(".")[0]], short(path)) is function
+    assert user.renamed is late.imported is theirs[path]
+    assert getattr(adapter, short(path)) is not theirs[path]
+
+
+def test_foreign_libraries_are_imported_by_their_adapter_alone():
+    code = (
+        "import sys, instructcore.adapters\n"
+        "from instructcore.adapters import cleanrl, flash_attn, liger, torchrl, trl, verl\n"
+        "foreign = {'transformers', 'flash_attn', 'trl', 'verl', 'liger_kernel', 'torchrl'}\n"
+        "print(foreign & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def compare(ours, plain, *inputs, name=""):
+    """ours(*inputs), the outputs and the gradients of their weighted sum, by the house's rule: with
+    `plain` in the inputs' dtype and in float64."""
+    found = []
+    generator = torch.Generator().manual_seed(1)
+    weights = None
+    for f, dtype in ((ours, None), (plain, None), (plain, torch.float64)):
+        leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
+        outputs = f(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        if weights is None:
+            weights = [torch.randn(o.shape, generator=generator) for o in outputs]
+        total = sum((w.to(o.dtype) * o).sum() for w, o in zip(weights, outputs, strict=True))
+        found.append([*outputs, *torch.autograd.grad(total, leaves)])
+    for i, (a, native, truth) in enumerate(zip(*found, strict=True)):
+        assert_close(a, native.to(a.dtype), truth, a.dtype, f"{name} output or gradient {i}")
+
+
+def softmax_attention(
+    q, k, v, causal=False, window=(-1, -1), softcap=0.0, slopes=None, sinks=None, scale=None
+):
+    """(B, T, H, D), (B, S, K, D) -> (out, lse (B, H, T)), written out."""
+    t, s = q.shape[1], k.shape[1]
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
+    logits = torch.einsum("bthd,bshd->bhts", q, k) * (scale or q.shape[3] ** -0.5)
+    if softcap:
+        logits = torch.tanh(logits / softcap) * softcap
+    distance = torch.arange(t)[:, None] + s - t - torch.arange(s)
+    if slopes is not None:
+        logits = logits - slopes.to(q.dtype)[:, None, None] * distance.abs()
+    right = 0 if causal else window[1]
+    hidden = (distance < -right) if right >= 0 else torch.zeros_like(distance, dtype=torch.bool)
+    if window[0] >= 0:
+        hidden = hidden | (distance > window[0])
+    logits = logits.masked_fill(hidden, -torch.inf)
+    return torch.einsum("bhts,bshd->bthd", logits.softmax(-1), v), logits.logsumexp(-1)
+
+
+CALLS = {
+    "plain": {},
+    "causal": {"causal": True},
+    "window, softcap": {"window_size": (3, 1), "softcap": 2.0},
+    "slopes, scale": {"causal": True, "alibi_slopes": torch.rand(4), "softmax_scale": 0.2},
+}
+
+
+def plain_settings(call):
+    names = {"window_size": "window", "alibi_slopes": "slopes", "softmax_scale": "scale"}
+    return {names.get(key, key): value for key, value in call.items()}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+class TestFlashAttn:
+    def test_dense(self, call):
+        q, k, v = (torch.randn(2, n, h, 16) for n, h in ((5, 4), (9, 2), (9, 2)))
+        compare(
+            lambda q, k, v: flash_attn.flash_attn_func(q, k, v, return_attn_probs=True, **call)[:2],
+            lambda q, k, v: softmax_attention(q, k, v, **plain_settings(call)),
+            *(q, k, v),
+        )
+        out, lse, empty = flash_attn.flash_attn_func(q, k, v, return_attn_probs=True, **call)
+        assert_same_bits(out, flash_attn.flash_attn_func(q, k, v, **call))
+        assert lse.shape == (2, 4, 5) and empty.numel() == 0
+
+    def test_varlen(self, call):
+        lengths = ((2, 5), (3, 3), (1, 6))
+        cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).int() for n in zip(*lengths, strict=True))
+        q, k, v = (torch.randn(n, h, 16) for n, h in ((6, 4), (14, 2), (14, 2)))
+
+        def plain(q, k, v):
+            parts = zip(q.split([2, 3, 1]), k.split([5, 3, 6]), v.split([5, 3, 6]), strict=True)
+            found = [
+                softmax_attention(*(x[None] for x in part), **plain_settings(call))
+                for part in parts
+            ]
+            return torch.cat([o[0] for o, _ in found]), torch.cat([x[0] for _, x in found], dim=1)
+
+        def ours(q, k, v):
+            return flash_attn.flash_attn_varlen_func(
+                q, k, v, cu_q, cu_k, 3, 6, return_attn_probs=True, **call
+            )[:2]
+
+        compare(ours, plain, q, k, v)
+        # The same keys in pages of 4, out of order.
+        table = torch.tensor([[5, 2], [0, -1], [3, 1]], dtype=torch.int32)
+        pages = torch.full((2, 6, 4, 2, 16), torch.nan)
+        for b in range(3):
+            for i in range(lengths[b][1]):
+                pages[:, table[b, i // 4], i % 4] = torch.stack([k, v])[:, cu_k[b] + i]
+        out = flash_attn.flash_attn_varlen_func(
+            q, *pages, cu_q, cu_k, 3, 6, block_table=table, **call
+        )
+        assert_same_bits(out, ours(q, k, v)[0])
+        with pytest.raises(NotImplementedError, match="block_table must be None where grad"):
+            flash_attn.flash_attn_varlen_func(
+                q.requires_grad_(), *pages, cu_q, cu_k, 3, 6, block_table=table
+            )
+
+    def test_with_kvcache(self, call):
+        """Two sequences in rows 3 and 0 of a cache, two new tokens each."""
+        caches, new = torch.randn(2, 4, 8, 2, 16), torch.randn(2, 2, 2, 2, 16)
+        q, rows, held = torch.randn(2, 2, 4, 16), torch.tensor([3, 0]), torch.tensor([5, 0]).int()
+        before = caches.clone()
+        out, lse = flash_attn.flash_attn_with_kvcache(
+            *(q, *caches, *new),
+            cache_seqlens=held,
+            cache_batch_idx=rows.int(),
+            return_softmax_lse=True,
+            **call,
+        )
+        for b in range(2):
+            k, v = (torch.cat([before[i, rows[b], : held[b]], new[i, b]])[None] for i in range(2))
+            found = [
+                softmax_attention(q[b : b + 1].to(d), k.to(d), v.to(d), **plain_settings(call))
+                for d in (torch.float32, torch.float64)
+            ]
+            for i, x in enumerate((out, lse)):
+                assert_close(x[b : b + 1], found[0][i], found[1][i])
+            assert_same_bits(caches[0, rows[b], : held[b] + 2], k[0])
+        untouched = [1, 2]
+        assert_same_bits(caches[:, untouched], before[:, untouched])
+        again = flash_attn.flash_attn_with_kvcache(
+            q, *caches[:, rows], cache_seqlens=held + 2, **call
+        )
+        assert_same_bits(again, out)
+        full = flash_attn.flash_attn_with_kvcache(q, *caches[:, rows], **call)
+        eight = flash_attn.flash_attn_with_kvcache(q, *caches[:, rows], cache_seqlens=8, **call)
+        assert_same_bits(full, eight)
+        pages, table = caches.view(2, 8, 4, 2, 16), torch.tensor([[6, 7], [0, 1]]).int()
+        paged = flash_attn.flash_attn_with_kvcache(
+            q, *pages, cache_seqlens=held + 2, block_table=table, **call
+        )
+        assert_same_bits(paged, out)
+
+
+def test_flash_attn_rotary():
+    """Pairs (2i, 2i + 1) by default; positions count from cache_seqlens."""
+    angles = torch.rand(8, 8) * 3
+    cos, sin = angles.cos(), angles.sin()
+    q, k, v = torch.randn(1, 2, 4, 16), torch.randn(1, 2, 2, 16), torch.randn(1, 2, 2, 16)
+    caches = torch.randn(2, 1, 8, 2, 16)
+
+    def turn(x):  # at positions 3 and 4
+        pairs = torch.view_as_complex(x.unflatten(-1, (8, 2)))
+        return torch.view_as_real(pairs * torch.polar(cos * 0 + 1, angles)[3:5, None]).flatten(-2)
+
+    settings = {"cache_seqlens": 3, "causal": True}
+    turned = flash_attn.flash_attn_with_kvcache(turn(q), *caches.clone(), turn(k), v, **settings)
+    out = flash_attn.flash_attn_with_kvcache(q, *caches, k, v, cos, sin, **settings)
+    torch.testing.assert_close(out, turned, rtol=1e-5, atol=1e-5)
+    with pytest.raises(NotImplementedError, match="rotary_cos must be None for T > 1"):
+        flash_attn.flash_attn_with_kvcache(q, *caches, k, v, cos, sin, cache_seqlens=3)
+    with pytest.raises(ValueError, match=r"cos must be \(8, 8\), got \(8, 4\)"):
+        flash_attn.flash_attn_with_kvcache(
+            q, *caches, k, v, cos[:, :4], sin[:, :4], cache_seqlens=3, causal=True
+        )
+
+
+def test_flash_attn_refuses():
+    q = torch.randn(1, 2, 2, 16)
+    cu = torch.tensor([0, 2]).int()
+    with pytest.raises(NotImplementedError, match="flash_attn_func: dropout_p must be 0.*got 0.1"):
+        flash_attn.flash_attn_func(q, q, q, 0.1)
+    with pytest.raises(NotImplementedError, match="varlen_func: dropout_p must be 0.*got 0.1"):
+        flash_attn.flash_attn_varlen_func(q[0], q[0], q[0], cu, cu, 2, 2, 0.1)
+    with pytest.raises(NotImplementedError, match="cache_leftpad must be None"):
+        flash_attn.flash_attn_with_kvcache(q, q, q, cache_leftpad=cu[:1])
+    with pytest.raises(ValueError, match=r"k_new must be \(2, 2, 16\), got \(1, 2, 16\)"):
+        flash_attn.flash_attn_with_kvcache(q, q, q, q[:, :1], q[:, :1], cache_seqlens=0)
+
+
+def logprobs_and_entropy(logits, index, temperature=1.0):
+    found = (logits / temperature).log_softmax(-1)
+    chosen = found.gather(-1, index if index.ndim == logits.ndim else index[..., None])
+    entropy = -(found.exp() * found).sum(-1)
+    return chosen.view(index.shape), entropy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_trl(dtype):
+    logits, index = 3 * torch.randn(2, 7, 33).to(dtype), torch.randint(33, (2, 7))
+    compare(
+        lambda x: trl.selective_log_softmax(x, index, 0.7),
+        lambda x: logprobs_and_entropy(x, index, 0.7)[0],
+        logits,
+    )
+    compare(trl.entropy_from_logits, lambda x: logprobs_and_entropy(x, index)[1], logits)
+    compare(
+        lambda x: trl.selective_log_softmax_and_entropy(x, index.int(), temperature=1.3),
+        lambda x: logprobs_and_entropy(x, index, 1.3),
+        logits,
+    )
+    several = torch.randint(33, (2, 7, 3))
+    compare(
+        lambda x: trl.selective_log_softmax(x, several, 0.7),
+        lambda x: logprobs_and_entropy(x, several, 0.7)[0],
+        logits,
+    )
+    assert trl.selective_log_softmax(logits[0, 0], index[0, 0]).shape == ()
+
+
+def test_trl_mask_and_gradient():
+    logits, index = torch.randn(2, 7, 33, requires_grad=True), torch.randint(33, (2, 7))
+    mask = torch.tensor([[1, 0, 1, 1, 0, 1, 1], [0, 1, 1, 1, 1, 1, 0]])
+    bad = logits.detach().masked_fill(mask[..., None] == 0, torch.nan).requires_grad_()
+    logprobs, entropy = trl.selective_log_softmax_and_entropy(bad, index, False, row_mask=mask)
+    assert not entropy.requires_grad
+    for x in (logprobs, entropy, trl.selective_log_softmax(bad, index, row_mask=mask)):
+        assert torch.equal(x == 0, mask == 0)
+    logprobs.sum().backward()
+    assert torch.equal(bad.grad.abs().sum(-1) == 0, mask == 0)
+    several = trl.selective_log_softmax(
+        logits, index[..., None].expand(-1, -1, 2), row_mask=mask[..., None].expand(-1, -1, 2)
+    )
+    torch.testing.assert_close(several, logprobs[..., None].expand(-1, -1, 2))
+    with pytest.raises(ValueError, match="temperature"):
+        trl.selective_log_softmax(logits, index, 0.0)
+    with pytest.raises(ValueError, match=r"index must be .*2, 7.*, got .*7, 2"):
+        trl.selective_log_softmax(logits, index.T)
+
+
+def test_verl():
+    logits, labels = torch.randn(2, 7, 33), torch.randint(33, (2, 7))
+    given = logits.clone()
+    compare(
+        lambda x: verl.logprobs_from_logits(x, labels),
+        lambda x: logprobs_and_entropy(x, labels)[0],
+        given,
+    )
+    assert_same_bits(given, logits)
+    compare(
+        lambda h, w: verl.linear_cross_entropy(h, w, labels, 0.7, "none"),
+        lambda h, w: logprobs_and_entropy((h @ w.T).flatten(0, 1), labels.flatten(), 0.7),
+        *(torch.randn(2, 7, 16), torch.randn(33, 16)),
+    )
+    hidden, weight = torch.randn(2, 7, 16), torch.randn(33, 16)
+    with pytest.raises(NotImplementedError, match="reduction must be .none., got mean"):
+        verl.linear_cross_entropy(hidden, weight, labels, 1.0, "mean")
+    with pytest.raises(NotImplementedError, match="dist_process_group must be None"):
+        verl.linear_cross_entropy(hidden, weight, labels, dist_process_group="a group")
+
+
+def test_verl_gae():
+    """verl's definition: steps outside the mask pass the state on, whitening by the mask."""
+    rewards, values = torch.randn(3, 9), torch.randn(3, 9)
+    mask = torch.rand(3, 9) < 0.7
+
+    def plain(dtype):
+        r, v, m = rewards.to(dtype), values.to(dtype), mask.to(dtype)
+        following = carried = torch.zeros(3, dtype=dtype)
+        found = []
+        for t in reversed(range(9)):
+            step = r[:, t] + 0.9 * following - v[:, t] + 0.9 * 0.8 * carried
+            following = torch.where(mask[:, t], v[:, t], following)
+            carried = torch.where(mask[:, t], step, carried)
+            found.insert(0, carried)
+        raw = torch.stack(found, dim=1)
+        kept = raw[mask]
+        return (raw - kept.mean()) * (kept.var() + 1e-8).rsqrt() * m, (raw + v) * m
+
+    ours = verl.compute_gae_advantage_return(rewards, values, mask.long(), torch.tensor(0.9), 0.8)
+    for a, native, truth in zip(ours, plain(torch.float32), plain(torch.float64), strict=True):
+        assert_close(a, native, truth)
+    with pytest.raises(ValueError, match="two unmasked tokens or more, got 1"):
+        verl.compute_gae_advantage_return(
+            rewards, values, torch.eye(3, 9)[:1].expand(3, 9) * torch.eye(3)[:, :1], 0.9, 0.8
+        )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_liger(reduction):
+    logits, target = 3 * torch.randn(11, 33), torch.randint(33, (11,))
+    target[2] = -1
+    weight = torch.rand(33)
+
+    def plain(x):
+        return F.cross_entropy(x, target, weight.to(x), None, -1, None, reduction, 0.1)
+
+    def drifting(x):
+        x = 5 * torch.tanh(x / 5)
+        each = F.cross_entropy(x, target, ignore_index=-1, reduction="none")
+        each = each + torch.where(target == -1, 0.0, 0.01 * x.logsumexp(-1) ** 2)
+        return {"mean": each.sum() / 10, "sum": each.sum(), "none": each}[reduction]
+
+    weighted = (weight, -1, 0.0, 0.1, reduction)
+    settings = {"ignore_index": -1, "lse_square_scale": 0.01, "softcap": 5.0}
+    first = liger.LigerCrossEntropyLoss(*weighted)
+    compare(lambda x: first(x, target), plain, logits)
+    ours = liger.LigerCrossEntropyLoss(reduction=reduction, **settings)
+    compare(lambda x: ours(x, target), drifting, logits)
+    head = (torch.randn(33, 16), torch.randn(11, 16), torch.randn(33))
+    fused = liger.LigerFusedLinearCrossEntropyLoss(*weighted, accum_dtype=torch.float32)
+    compare(lambda w, h, b: fused(w, h, target, b), lambda w, h, b: plain(h @ w.T + b), *head)
+    drift = liger.LigerFusedLinearCrossEntropyLoss(reduction=reduction, **settings)
+    compare(lambda w, h: drift(w, h, target), lambda w, h: drifting(h @ w.T), *head[:2])
+
+
+@pytest.mark.parametrize(
+    "name", ["return_z_loss", "return_token_accuracy", "return_predicted_tokens"]
+)
+@pytest.mark.parametrize(
+    "loss", [liger.LigerCrossEntropyLoss, liger.LigerFusedLinearCrossEntropyLoss]
+)
+def test_liger_refuses(loss, name):
+    with pytest.raises(NotImplementedError, match=f"{loss.__name__}: {name} must be False"):
+        loss(**{name: True})
+    with pytest.raises(NotImplementedError, match="lse_square_scale must be 0 for a mean with"):
+        loss(torch.ones(3), lse_square_scale=1e-4)
+    if loss is liger.LigerFusedLinearCrossEntropyLoss:
+        with pytest.raises(NotImplementedError, match="accum_dtype must be float32"):
+            loss(accum_dtype=torch.bfloat16)
+        with pytest.raises(NotImplementedError, match="use_token_scaling must be False"):
+            loss(use_token_scaling=True)
+
+
+@pytest.mark.parametrize("time_dim", [-2, 0, -1])
+def test_torchrl(time_dim):
+    shape = (3, 4, 5)
+    value, following, reward = (torch.randn(shape) for _ in range(3))
+    terminated = torch.rand(shape) < 0.2
+    done = terminated | (torch.rand(shape) < 0.2)
+
+    def plain(dtype, ends):
+        v, n, r = (x.to(dtype).movedim(time_dim, 0) for x in (value, following, reward))
+        stops, last = (x.movedim(time_dim, 0) for x in (done, ends))
+        carried, found = torch.zeros_like(v[0]), []
+        for t in reversed(range(len(v))):
+            step = r[t] + 0.9 * torch.where(last[t], 0.0, n[t]) - v[t]
+            carried = step + 0.9 * 0.8 * torch.where(stops[t], 0.0, carried)
+            found.insert(0, carried)
+        found = torch.stack(found)
+        return found.movedim(0, time_dim), (found + v).movedim(0, time_dim)
+
+    for ends in (terminated, None):
+        expected = [plain(d, done if ends is None else ends) for d in (reward.dtype, torch.double)]
+        for f in (
+            torchrl.generalized_advantage_estimate,
+            torchrl.vec_generalized_advantage_estimate,
+        ):
+            ours = f(
+                0.9, torch.tensor(0.8), value, following, reward, done, ends, time_dim=time_dim
+            )
+            for a, native, truth in zip(ours, *expected, strict=True):
+                assert_close(a, native, truth)
+
+
+def test_torchrl_refuses():
+    x, done = torch.randn(2, 3), torch.zeros(2, 3, dtype=torch.bool)
+    with pytest.raises(NotImplementedError, match="gamma must be one number"):
+        torchrl.vec_generalized_advantage_estimate(torch.ones(2), 0.9, x, x, x, done)
+    with pytest.raises(NotImplementedError, match="lmbda must be one number"):
+        torchrl.generalized_advantage_estimate(0.9, torch.ones(2), x, x, x, done)
+    with pytest.raises(NotImplementedError, match="state_value must be without gradient"):
+        torchrl.generalized_advantage_estimate(0.9, 0.9, x.clone().requires_grad_(), x, x, done)
+    with pytest.raises(ValueError, match="shapes must be one"):
+        torchrl.generalized_advantage_estimate(0.9, 0.9, x, x, x, done[:1])
+
+
+def test_cleanrl():
+    """The loop of CleanRL's ppo.py."""
+    rewards, values = torch.randn(6, 3), torch.randn(6, 3)
+    dones, next_done = (torch.rand(6, 3) < 0.3).float(), torch.tensor([1.0, 0.0, 0.0])
+    next_value = torch.randn(1, 3)
+
+    def plain(dtype):
+        r, v, n = rewards.to(dtype), values.to(dtype), next_value.to(dtype).reshape(-1)
+        carried, found = 0, []
+        for t in reversed(range(6)):
+            goes_on = 1 - (next_done if t == 5 else dones[t + 1])
+            following = n if t == 5 else v[t + 1]
+            delta = r[t] + 0.9 * following * goes_on - v[t]
+            carried = delta + 0.9 * 0.8 * goes_on * carried
+            found.insert(0, carried)
+        return torch.stack(found), torch.stack(found) + v
+
+    ours = cleanrl.advantages_and_returns(rewards, values, dones, next_value, next_done, 0.9, 0.8)
+    for a, native, truth in zip(ours, plain(torch.float32), plain(torch.double), strict=True):
+        assert_close(a, native, truth)
+
+
+# ---- transformers
+
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 96,
+    "pad_token_id": 0,
+}
+GPT2 = {
+    "vocab_size": 97,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 128,
+    **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+}
+WINDOW = {**SHAPE, "sliding_window": 8}
+# name: (configuration, its settings). Windows in every layer; in every second one, with a cap on
+# the logits; in every second one, with sinks.
+MODELS = {
+    "gpt2": ("GPT2Config", GPT2),
+    "llama": ("LlamaConfig", SHAPE),
+    "qwen3": ("Qwen3Config", SHAPE),
+    "mistral": ("MistralConfig", WINDOW),
+    "gemma2": (
+        "Gemma2Config",
+        {**WINDOW, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 16},
+    ),
+    "gpt_oss": ("GptOssConfig", {**WINDOW, "num_local_experts": 2, "num_experts_per_tok": 1}),
+}
+
+
+@pytest.fixture
+def hf(threads):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    threads(1)  # two would wait for each other at every little step
+    return importlib.import_module("instructcore.adapters.transformers")
+
+
+def make(name, attention="eager"):
+    import transformers
+
+    config, settings = MODELS[name]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(
+        getattr(transformers, config)(**settings), attn_implementation=attention
+    )
+    for parameter_name, parameter in model.named_parameters():
+        if name == "gemma2" and "q_proj" in parameter_name:
+            parameter.data *= 100  # for logits that the cap bends
+    return model
+
+
+def plain_attention(module, query, key, value, mask, scaling=None, softcap=0.0, s_aux=None, **_):
+    """transformers' own, but in the dtype of its arguments throughout."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    logits = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    logits = torch.tanh(logits / softcap) * softcap if softcap else logits
+    logits = logits.masked_fill(~mask, -1e30)
+    if s_aux is not None:
+        sink = s_aux[:, None, None].expand(*logits.shape[:3], 1)
+        logits = torch.cat([logits, sink], dim=-1)
+    weights = logits.softmax(-1)[..., : key.shape[2]] * mask.any(-1, keepdim=True)
+    return (weights @ value).transpose(1, 2), None
+
+
+def plain_loss(logits, labels, vocab_size, **_):
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def plain_norm(self, x):
+    eps = getattr(self, "variance_epsilon", getattr(self, "eps", None))
+    weight = self.weight + 1 if type(self).__name__.startswith("Gemma") else self.weight
+    return weight * x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+
+
+def in_float64(model):
+    """With the parts replaced that transformers computes in float32 come what may."""
+    from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+
+    def mask(*args, **kwargs):
+        return masking_utils.sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+
+    AttentionInterface.register("plain", plain_attention)
+    AttentionMaskInterface.register("plain", mask)
+    model = model.double()
+    model.set_attn_implementation("plain")
+    model.loss_function = plain_loss
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = types.MethodType(plain_norm, module)
+        elif type(module).__name__.endswith("Experts"):
+            model.set_experts_implementation("eager")
+    return model
+
+
+TOKENS = torch.randint(2, 96, (3, 33), generator=torch.Generator().manual_seed(3))
+PADDED = torch.ones_like(TOKENS)
+PADDED[1, :7] = PADDED[2, -9:] = 0
+STARTS = torch.cat([torch.arange(n) for n in (11, 1, 5, 16)])[None]
+
+
+def inputs(kind):
+    """Of a model's forward; where they are padded, on both sides."""
+    if kind == "packed":
+        labels = torch.where(STARTS == 0, -100, TOKENS[:1])  # none across a border
+        return {"input_ids": TOKENS[:1], "position_ids": STARTS, "labels": labels}
+    labels = torch.where(PADDED.bool(), TOKENS, -100)
+    positions = (PADDED.cumsum(1) - 1).clamp(min=0)
+    masks = {"attention_mask": PADDED, "position_ids": positions}
+    return {"input_ids": TOKENS, "labels": labels, **masks}
+
+
+@pytest.mark.parametrize("kind", ["padded", "packed"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
+def test_training(hf, name, kind):
+    """20 steps; at each, the loss and all gradients with, without and in float64. All three take
+    the weights that ours led to: runs on their own part, as any two that round differently do."""
+    models = [make(name, "sdpa").train() for _ in range(3)]
+    assert len(hf.use(models[0])) == 2
+    in_float64(models[2])
+    optimizer = torch.optim.SGD(models[0].parameters(), lr=0.05)
+    losses, gradients = ([[], [], []] for _ in range(2))
+    for _ in range(20):
+        for i, model in enumerate(models):
+            model.load_state_dict(models[0].state_dict())
+            model.zero_grad()
+            loss = model(**inputs(kind), use_cache=False).loss
+            loss.backward()
+            losses[i].append(loss.detach())
+            gradients[i].append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        optimizer.step()
+    assert losses[0][-1] < losses[0][0] - 0.3
+    for found in (losses, gradients):
+        assert_close(*map(torch.stack, found))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits(hf, name):
+    """At every token, of rows that are plain, padded on either side or in the middle, packed."""
+    models = [make(name).eval() for _ in range(3)]
+    hf.use(models[0])
+    in_float64(models[2])
+    padded = inputs("padded")
+    del padded["labels"]
+    holes = PADDED.clone()
+    holes[0, 5:7] = 0
+    windows = name in ("mistral", "gemma2", "gpt_oss")
+    if windows:
+        with pytest.raises(NotImplementedError, match="without padding between tokens"):
+            models[0](TOKENS, attention_mask=holes)
+    for given, mask in (
+        ({"input_ids": TOKENS}, torch.ones_like(TOKENS)),
+        (padded, PADDED),
+        ({"input_ids": TOKENS, "attention_mask": holes}, None if windows else holes),
+        ({"input_ids": TOKENS, "position_ids": STARTS.expand(3, -1)}, torch.ones_like(TOKENS)),
+    ):
+        if mask is not None:
+            with torch.no_grad():
+                found = [m(**given, use_cache=False).logits[mask.bool()] for m in models]
+            assert_close(*found)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_generate(hf, name):
+    """Greedy in float32, token for token, past the window, from left-padded and equal prompts."""
+    model = make(name).eval()
+    model.generation_config.pad_token_id = 0
+    left = torch.ones_like(TOKENS)
+    left[1, :7] = 0
+    calls = (
+        {},
+        {"attention_mask": left},
+        {"attention_mask": left, "cache_implementation": "static", "disable_compile": True},
+        {"cache_implementation": "static", "disable_compile": True},
+        {"attention_mask": left, "num_beams": 2, "max_new_tokens": 4},
+    )
+    settings = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None}
+
+    def run():
+        return [model.generate(TOKENS, **{**settings, **call}) for call in calls]
+
+    expected = run()
+    hf.use(model)
+    for ours, theirs in zip(run(), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_packing_by_cu_seq_lens(hf):
+    """What the collators for flash attention pass: sequences in all rows, one after another."""
+    ends = torch.tensor([0, 5, 9, 12, 18])
+    q, k, v = (torch.randn(2, h, 9, 16) for h in (4, 2, 2))
+    given = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 6, "max_length_k": 6}
+    told, _ = hf.attention_forward(torch.nn.Identity(), q, k, v, None, **given)
+    ids = torch.tensor([[1] * 5 + [2] * 4, [1] * 3 + [2] * 6])
+    assert_same_bits(told, hf.attention_forward(torch.nn.Identity(), q, k, v, ids)[0])
+    one, _ = hf.attention_forward(torch.nn.Identity(), *(x[1:, :, :3] for x in (q, k, v)), None)
+    assert_same_bits(told[1:, :3], one)
+
+
+def test_chunks(hf):
+    """A chunk is a sequence; a key of an earlier chunk is in the cache, and unseen."""
+    from transformers import masking_utils
+
+    chunks = masking_utils.chunked_causal_mask_function(4, torch.tensor([0, 2]))
+    ids = hf.attention_mask(2, 3, 9, 6, 0, mask_function=chunks)
+    assert ids.tolist() == [[1, 1, 1, 1, 2, 2, 2, 2, 3], [1, 1, 2, 2, 2, 2, 3, 3, 3]]
+    q, k, v = (torch.randn(2, h, n, 16) for h, n in ((4, 3), (2, 9), (2, 9)))
+    ours, _ = hf.attention_forward(torch.nn.Identity(), q, k, v, ids)
+    at = torch.arange(9)
+    shown = chunks(torch.arange(2)[:, None, None], 0, at[6:, None], at)
+    k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
+    native, truth = (
+        F.scaled_dot_product_attention(q.to(d), k.to(d), v.to(d), shown[:, None]).transpose(1, 2)
+        for d in (torch.float32, torch.float64)
+    )
+    assert_close(ours, native, truth)
+
+
+def test_loss(hf):
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    labels = torch.where(torch.rand(2, 9) < 0.3, -100, torch.randint(33, (2, 9)))
+    logits = torch.randn(2, 9, 33)
+    for settings in (
+        {},
+        {"num_items_in_batch": 7},
+        {"num_items_in_batch": torch.tensor(7)},
+        {"shift_labels": labels.flip(1)},
+        {"ignore_index": int(labels.max())},
+    ):
+        if "ignore_index" in settings:
+            settings["shift_labels"] = labels.clamp(min=0)
+
+        def plain(x, settings=settings):
+            # ForCausalLMLoss rounds to float32: the truth is the same without that.
+            if x.dtype == torch.float32:
+                return ForCausalLMLoss(x, labels, 33, **settings)
+            ignored = settings.get("ignore_index", -100)
+            targets = settings.get("shift_labels", F.pad(labels, (0, 1), value=-100)[:, 1:])
+            items = settings.get("num_items_in_batch")
+            loss = F.cross_entropy(
+                x.flatten(0, 1),
+                targets.flatten(),
+                ignore_index=ignored,
+                reduction="mean" if items is None else "sum",
+            )
+            return loss if items is None else loss / items
+
+        compare(lambda x, s=settings: hf.causal_lm_loss(x, labels, 33, **s), plain, logits)
+    assert hf.causal_lm_loss(logits, torch.full_like(labels, -100), 33) == 0
+
+
+def test_use_and_restore(hf):
+    model, other = make("llama", "sdpa").eval(), make("llama", "sdpa").eval()
+    expected = model(**inputs("padded"))
+    with pytest.raises(ValueError, match="use\\(\\) must come first"):
+        hf.restore(model)
+    gc.collect()  # other tests' models
+    before = adapters.report()
+    lines = hf.use(model)
+    assert lines == [
+        "LlamaForCausalLM: attention sdpa -> instructcore.adapters.transformers.attention_forward",
+        "LlamaForCausalLM: ForCausalLMLoss -> instructcore.adapters.transformers.causal_lm_loss",
+    ]
+    assert hf.use(model) == lines and adapters.report() == [*before, *lines]
+    assert other.config._attn_implementation == "sdpa"
+    assert model.loss_function is hf.causal_lm_loss is not other.loss_function
+    changed = model(**inputs("padded"))
+    assert not torch.equal(changed.logits, expected.logits)
+    hf.restore(model)
+    again = model(**inputs("padded"))
+    assert model.loss_function is other.loss_function
+    assert_same_bits(again.logits, expected.logits)
+    assert_same_bits(again.loss, expected.loss)
+    assert adapters.report() == before
+    with pytest.raises(ValueError, match="use\\(\\) must come first"):
+        hf.restore(model)
+    hf.use(model)
+    model.loss_function = print  # somebody else's
+    hf.restore(model)
+    assert model.config._attn_implementation == "sdpa" and model.loss_function is print
+    # A loss that is not the causal one stays; a model that is gone is not reported.
+    assert hf.use(model) == lines[:1] and model.loss_function is print
+    del model
+    gc.collect()
+    assert adapters.report() == before
+
+
+def test_refuses(hf):
+    from transformers import masking_utils
+
+    with pytest.raises(TypeError, match="must be a PreTrainedModel, got Linear"):
+        hf.use(torch.nn.Linear(2, 2))
+    model = make("llama").train()
+    model._supports_flash_attn = False
+    with pytest.raises(ValueError, match="must be of text and support flash attention, got Llama"):
+        hf.use(model)
+    model._supports_flash_attn = True
+    hf.use(model)
+    model.model.layers[0].self_attn.attention_dropout = 0.1
+    with pytest.raises(NotImplementedError, match="dropout must be 0.*got 0.1"):
+        model(TOKENS)
+    model.eval()
+    with pytest.raises(NotImplementedError, match=r"attention_mask must be \(B, S\).*1, 33, 33"):
+        model(TOKENS, attention_mask=torch.zeros(3, 1, 33, 33))
+    with pytest.raises(NotImplementedError, match="mask_function must be causal.*later tokens"):
+        hf.attention_mask(1, 4, 4, mask_function=masking_utils.bidirectional_mask_function)
+    causal = masking_utils.causal_mask_function
+    with pytest.raises(NotImplementedError, match="mask_function must be causal.*caller's"):
+        hf.attention_mask(1, 4, 4, mask_function=causal, use_vmap=True)
+    q = torch.randn(1, 2, 3, 16)
+    module = torch.nn.Identity()
+    for name in ("position_bias", "output_attentions", "block_table"):
+        with pytest.raises(NotImplementedError, match=f"{name} must be None or False"):
+            hf.attention_forward(module, q, q, q, None, **{name: "given"})
+    with pytest.raises(NotImplementedError, match="where attention is causal"):
+        hf.attention_forward(module, q, q, q, torch.ones(1, 3), is_causal=False)
