@@ -10,19 +10,20 @@ The gold rule, which neither run nor guard ever reads, grades the checkpoints af
 held-out prompts. A flawed run counts as caught in time if it was stopped, and no checkpoint up to
 there had lost more than a tenth of the best gold reward so far.
 
-A row per run joins bench/results/overoptimisation.csv. The thresholds were frozen before seeds 10
-to 29 were run; what chose them was seeds 0 to 9.
+A row per run joins bench/results/overoptimisation.csv. Seeds 0 to 9 are there to choose thresholds
+by, 10 to 29 to try them.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import rows
 from bench import commit
 
 from instructcore import ppo
@@ -35,7 +36,6 @@ from instructcore.quickstart import MAX_TOKENS, QuickstartConfig, gold_of, recip
 from instructcore.tokenizer import Tokenizer
 from instructcore.train import checkpoints_of, mix, newest_checkpoint
 
-TABLE = Path(__file__).parent / "results" / "overoptimisation.csv"
 KEYWORDS = ("good", "好")
 GUARDED, GRADED = 64, 192  # held-out prompts that the guards see, and others that gold grades
 EVERY = 2  # iterations between checkpoints, each of which is graded
@@ -82,7 +82,8 @@ def grade(quickstart: Path, out: Path, prompts: Sequence[Prompt], seed: int) -> 
 
 def worst_loss(golds: Sequence[float]) -> float:
     """The largest share of the best gold reward so far that was lost."""
-    return max(1 - gold / max(golds[: i + 1]) for i, gold in enumerate(golds))
+    best = [max(golds[: i + 1]) for i in range(len(golds))]
+    return max(1 - gold / b if b > 0 else 0.0 for gold, b in zip(golds, best, strict=True))
 
 
 def row_of(seed: int, kind: str, out: Path, golds: list[float]) -> dict:
@@ -103,27 +104,8 @@ def row_of(seed: int, kind: str, out: Path, golds: list[float]) -> dict:
     }
 
 
-def read() -> list[dict]:
-    if not TABLE.exists():
-        return []
-    with TABLE.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write(row: dict) -> None:
-    """Puts the row into the table, in place of an older one of its seed and kind."""
-    row = {name: str(value) for name, value in row.items()}
-    key = ("kind", "seed")
-    rows = [r for r in read() if any(r[k] != row[k] for k in key)] + [row]
-    rows.sort(key=lambda r: (r["kind"], int(r["seed"])))
-    with TABLE.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, row, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def report(rows: list[dict]) -> None:
-    flawed, sound = ([r for r in rows if r["kind"] == kind] for kind in ("flawed", "sound"))
+def report(found: list[dict]) -> None:
+    flawed, sound = ([r for r in found if r["kind"] == kind] for kind in ("flawed", "sound"))
     caught = [r for r in flawed if r["alarms"] and float(r["worst_loss"]) <= 0.1]
     print(f"flawed: {len(caught)} of {len(flawed)} stopped before gold had lost a tenth")
     for r in (r for r in flawed if r not in caught):
@@ -142,16 +124,19 @@ def main() -> None:
     for seed in range(first, last + 1):
         quickstart = options.quickstarts / f"seed-{seed % 10}"
         path = quickstart / "data" / "eval_prompts.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        held_out = options.out / f"held_out-{seed % 10}.jsonl"
-        held_out.write_text("".join(lines[:: len(lines) // GUARDED]), encoding="utf-8")
-        prompts = read_prompts([path])
-        others = [p for i, p in enumerate(prompts) if i % (len(lines) // GUARDED)][:GRADED]
+        records = read_jsonl(path)
+        random.Random(0).shuffle(records)
+        for name, part in (("seen", records[:GUARDED]), ("graded", records[GUARDED:][:GRADED])):
+            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in part)
+            (options.out / f"{name}-{seed % 10}.jsonl").write_text("".join(lines), "utf-8")
+        held_out = options.out / f"seen-{seed % 10}.jsonl"
+        graded = read_prompts([options.out / f"graded-{seed % 10}.jsonl"])
         for kind in ("flawed", "sound"):
             out = options.out / f"{kind}-{seed}"
             train(quickstart, seed, kind, out, held_out)
-            write(row_of(seed, kind, out, grade(quickstart, out, others, seed)))
-    report([r for r in read() if first <= int(r["seed"]) <= last])
+            row = row_of(seed, kind, out, grade(quickstart, out, graded, seed))
+            rows.put("overoptimisation", row, key=("kind", "seed"))
+    report([r for r in rows.read("overoptimisation") if first <= int(r["seed"]) <= last])
 
 
 if __name__ == "__main__":

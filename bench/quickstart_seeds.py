@@ -11,17 +11,15 @@ measure over all seeds in that table, and the seeds that missed a target.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+import rows
 from bench import commit, device_name
 
 from instructcore.quickstart import QuickstartConfig, run
-
-TABLE = Path(__file__).parent / "results" / "quickstart.csv"
 
 # What a seed is held to. A control is to gain nothing instead.
 TARGETS: dict[str, Callable[[dict], bool]] = {
@@ -61,36 +59,19 @@ def row_of(summary: dict) -> dict:
     }
 
 
-def read() -> list[dict]:
-    """All rows of the table, its figures as numbers."""
-    if not TABLE.exists():
-        return []
-    with TABLE.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    texts = ("device", "torch", "commit")
-    return [{k: v if k in texts else float(v) for k, v in row.items()} for row in rows]
+def numbers(row: dict[str, str]) -> dict[str, float]:
+    """The figures of a row of the table."""
+    return {k: float(v) for k, v in row.items() if k not in ("device", "torch", "commit")}
 
 
-def write(row: dict) -> None:
-    """Puts the row into the table, in place of an older one of its seed and kind."""
-    key = ("shuffled", "seed")
-    rows = [r for r in read() if any(r[k] != row[k] for k in key)] + [row]
-    rows.sort(key=lambda r: [r[k] for k in key])
-    with TABLE.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, row, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: f"{v:g}" if isinstance(v, float) else v for k, v in r.items()}
-                         for r in rows)  # fmt: skip
-
-
-def report(rows: list[dict], targets: dict[str, Callable[[dict], bool]]) -> None:
-    print(f"\n{len(rows)} seeds: " + ", ".join(f"{int(row['seed'])}" for row in rows))
+def report(found: list[dict], targets: dict[str, Callable[[dict], bool]]) -> None:
+    print(f"\n{len(found)} seeds: " + ", ".join(f"{int(row['seed'])}" for row in found))
     for name in ("sft", "ppo", "gain_low", "gap_closed", "kl", "accuracy", "accuracy_clear"):
-        values = [row[name] for row in rows]
+        values = [row[name] for row in found]
         print(f"{name}: median {statistics.median(values):.3f}, "
               f"{min(values):.3f} to {max(values):.3f}")  # fmt: skip
     for name, met in targets.items():
-        missed = [str(int(row["seed"])) for row in rows if not met(row)]
+        missed = [str(int(row["seed"])) for row in found if not met(row)]
         print(f"{name}: " + (f"missed by seeds {', '.join(missed)}" if missed else "all"))
 
 
@@ -106,9 +87,11 @@ def main() -> None:
         if not (out / "summary.json").exists():
             again = {"resume": out.exists(), "shuffle_labels": options.shuffle_labels}
             run(QuickstartConfig(out=str(out), seed=seed, **again))
-        write(row_of(json.loads((out / "summary.json").read_text(encoding="utf-8"))))
-    rows = [row for row in read() if row["shuffled"] == options.shuffle_labels]
-    report(rows, CONTROL_TARGETS if options.shuffle_labels else TARGETS)
+        row = row_of(json.loads((out / "summary.json").read_text(encoding="utf-8")))
+        rows.put("quickstart", row, key=("shuffled", "seed"))
+    found = [numbers(row) for row in rows.read("quickstart")]
+    found = [row for row in found if row["shuffled"] == options.shuffle_labels]
+    report(found, CONTROL_TARGETS if options.shuffle_labels else TARGETS)
 
 
 if __name__ == "__main__":

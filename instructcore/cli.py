@@ -58,7 +58,7 @@ class _HelpFormatter(argparse.HelpFormatter):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     # torch's OpenMP threads look for work for 5 ms after each call, on cores that our threads could
-    # use: a third of a small model's training time. Read when torch is imported.
+    # use: up to a third of a small model's training time. Read when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
@@ -90,9 +90,9 @@ def _dispatch(arguments: list[str]) -> int:
     if name not in COMMANDS:
         raise UserError(f"no command {name!r}; there are {', '.join(COMMANDS)}")
     command = COMMANDS[name]
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and name not in TRAINED:
-        raise UserError(f"`{name}` runs in one process; torchrun is for {', '.join(TRAINED)}")
     module = _load(name, command.module)
+    if name not in TRAINED and importlib.import_module(f"{__package__}.parallel").launched():
+        raise UserError(f"`{name}` runs in one process; torchrun is for {', '.join(TRAINED)}")
     config_class = getattr(module, command.config)
     parser = make_parser(name, command.help, config_class)
     if "-h" in rest or "--help" in rest:

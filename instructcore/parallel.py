@@ -2,9 +2,9 @@
 
 All of them hold the whole model and draw the same batch. Each computes its share of the batch's
 parts, whose losses add up to the batch's; the gradients are summed, and all take the same optimiser
-step. So N processes do what one would, but for the rounding of sums, and a run may be resumed by
-another number of them. The first process alone writes and prints. For a process by itself, every
-function here is the plain call that it stands for.
+step. So N processes do what one would, but for the rounding of sums and the draws of dropout, and a
+run may be resumed by another number of them. The first process alone writes files and prints. For a
+process by itself, every function here is the plain call that it stands for.
 """
 
 from __future__ import annotations
@@ -20,19 +20,32 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .config import check
+from .errors import UserError
 
 T, U = TypeVar("T"), TypeVar("U")
 
 BUCKET = 1 << 25  # elements of the gradients that are summed at once
 
 
+_joined = False
+
+
+def launched() -> bool:
+    """Whether torchrun, or what sets the same variables, started this process among others."""
+    named = {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
+    return named and int(os.environ["WORLD_SIZE"]) > 1
+
+
 def begin(device: torch.device) -> None:
-    """Joins the other processes, if torchrun started any; on a GPU each takes one of its own."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    """Joins the other processes, if there are any; on a GPU each takes one of its own."""
+    global _joined
+    if not launched() or _joined:
         return
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    _joined = True
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
 
@@ -42,7 +55,7 @@ def rank() -> int:
 
 
 def world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if _joined else 1
 
 
 def share(parts: Iterable[T]) -> Iterator[T]:
@@ -53,7 +66,7 @@ def share(parts: Iterable[T]) -> Iterator[T]:
 def everywhere(function: Callable[[T], U], parts: Sequence[T]) -> list[U]:
     """[function(part) for part in parts], of which each process computes its share.
 
-    The results travel pickled: numbers, lists, tensors on the CPU.
+    The results travel pickled: numbers, lists, tensors that are `portable`.
     """
     found = [function(part) for part in share(parts)]
     if world() == 1:
@@ -63,12 +76,27 @@ def everywhere(function: Callable[[T], U], parts: Sequence[T]) -> list[U]:
     return [shares[i % world()][i // world()] for i in range(len(parts))]
 
 
+def portable(x: Tensor) -> Tensor:
+    """x as another process can take it: on the CPU, where there are others."""
+    return x if world() == 1 else x.cpu()
+
+
 def first(function: Callable[[], T]) -> T:
-    """What the function returns in the first process, the only one to call it; all wait for it."""
+    """What the function returns in the first process, the only one to call it; all wait for it.
+
+    A user's mistake that it finds is raised there; the others end in silence.
+    """
     if world() == 1:
         return function()
-    found = [function() if rank() == 0 else None]
+    found: list = [None, None]
+    if rank() == 0:
+        try:
+            found[0] = function()
+        except (UserError, OSError) as error:
+            found[1] = error
     dist.broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1] if rank() == 0 else SystemExit(2)
     return found[0]
 
 
@@ -102,8 +130,8 @@ def sum_gradients(gradients: Sequence[Tensor]) -> None:
 
 def chunks(items: Sequence[T]) -> list[Sequence[T]]:
     """The items in consecutive pieces, one for each process, as equal as they can be."""
-    cuts = [len(items) * i // world() for i in range(world() + 1)]
-    return [items[begin:end] for begin, end in itertools.pairwise(cuts) if begin < end]
+    cuts = itertools.pairwise(len(items) * i // world() for i in range(world() + 1))
+    return [items[first:end] for first, end in cuts if first < end]
 
 
 def micro_batch_size(size: int, batch: int, name: str = "batch") -> int:

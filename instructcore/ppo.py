@@ -407,7 +407,7 @@ class PPO:
             if again:
                 old = response_logprobs(self.policy, part, config.temperature)
                 found["old_logprobs"] = old.logprobs
-            return {name: tensor.cpu() for name, tensor in found.items()}
+            return {name: parallel.portable(tensor) for name, tensor in found.items()}
 
         with contextlib.ExitStack() as stack:
             for model in (self.policy, self.reference, self.critic):

@@ -262,5 +262,5 @@ def mean_score(model: GPT, rows: list[list[int]], batch: int = 64) -> float:
     """The mean score of whole sequences, `batch` of them at a time."""
     with model.frozen():
         parts = list(pieces(rows, batch))
-        found = parallel.everywhere(lambda part: response_scores(model, part).cpu(), parts)
+        found = parallel.everywhere(lambda p: parallel.portable(response_scores(model, p)), parts)
     return float(torch.cat(found).double().mean())

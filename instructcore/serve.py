@@ -91,19 +91,19 @@ class Engine:
         choices = {choice.request: choice for choice in ask.choices}
         self._owners |= choices
         self._loop = asyncio.get_running_loop()
-        self._inbox.put(lambda: self._scheduler.queue(choices))
+        self._inbox.put(lambda: self._take(choices))
         try:
             yield
         finally:
             for request in choices:
                 del self._owners[request]
-            self._inbox.put(lambda: self._scheduler.abort(*choices))
+            self._inbox.put(lambda: self._drop(choices))
 
     def drain(self) -> None:
         """From now on no request begins; those that have begun go on to their end."""
         self.draining = True
         if self._owners:
-            self._post(self._fail, ApiError(503, "the server is shutting down"), True)
+            self._post(self._turn_away)
 
     def close(self) -> None:
         self._inbox.put(None)
@@ -114,12 +114,18 @@ class Engine:
             if choice := self._owners.get(request):
                 choice.ask.parts.put_nowait((choice, piece))
 
-    def _fail(self, error: ApiError, only_waiting: bool = False) -> None:
+    def _fail(self, error: ApiError, requests: Iterable[Request]) -> None:
+        for ask in {self._owners[r].ask for r in requests if r in self._owners}:
+            ask.parts.put_nowait(error)
+
+    def _turn_away(self) -> None:
+        """Whoever has nothing yet hears that no request begins any more."""
+        waiting = []
         for ask in {choice.ask for choice in self._owners.values()}:
             requests = [choice.request for choice in ask.choices]
-            begun = any(r.blocks or r.logprobs or r.completion for r in requests)
-            if not (begun and only_waiting):
-                ask.parts.put_nowait(error)
+            if not any(r.blocks or r.logprobs or r.completion for r in requests):
+                waiting += requests
+        self._fail(ApiError(503, "the server is shutting down"), waiting)
 
     # -- on its own thread ------------------------------------------------------------------------
 
@@ -133,10 +139,19 @@ class Engine:
                     self.stats = self._scheduler.stats()
                     self._post(self._deliver, pieces)
                 except Exception as error:  # what the scheduler holds is of no use any more
+                    self._post(self._fail, as_api_error(error), self._held)
                     self._renew()
-                    self._post(self._fail, as_api_error(error))
+
+    def _take(self, requests: Iterable[Request]) -> None:
+        self._held.update(requests)
+        self._scheduler.queue(requests)
+
+    def _drop(self, requests: Iterable[Request]) -> None:
+        self._held.difference_update(requests)
+        self._scheduler.abort(*requests)
 
     def _renew(self) -> None:
+        self._held: set[Request] = set()  # what the scheduler has been given, until it is dropped
         self._scheduler = Scheduler(self.model, self.tokenizer, max_batch=self.max_batch)
         self.served = Checkpoint(self._scheduler, self.names)
         self.stats = self._scheduler.stats()

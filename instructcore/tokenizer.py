@@ -77,6 +77,9 @@ class Tokenizer:
         first = [] if self.kind == "bytes" else self.encode("a")
         self._adds_space = bool(first) and self.token_bytes(first[0]).startswith(b" ")
 
+    def __reduce__(self) -> tuple:  # the backend's pickle forgets what __init__ sets
+        return Tokenizer, (self._backend, self._eos, self._pad)
+
     def _refresh(self) -> None:
         find = self._backend.token_to_id
         self.vocab_size = max(self._backend.get_vocab().values()) + 1

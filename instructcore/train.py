@@ -148,7 +148,7 @@ def optimise(
 ) -> Metrics:
     """A whole step: the gradients of `losses`, one per micro-batch, are summed, then applied.
 
-    The losses are this process's; the loss returned is that of all.
+    The losses are this process's, at least one; the loss returned is that of all.
     """
     loss = sum(_backward(part) for part in losses)
     lr = learning_rate(optim, step, steps)

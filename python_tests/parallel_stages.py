@@ -22,7 +22,7 @@ def stages(data: Path, out: Path) -> dict[str, list[str]]:
     ppo = ["ppo", *init, "--prompts", demonstrations, "--batch", "16", "--minibatch", "16"]
     ppo += ["--inner-epochs", "1", "--max-tokens", "8", "--steps", "1"]
     runs = {
-        "pretrain": ["pretrain", "--data", text, "--tokenizer", "bytes", *shape]
+        "pretrain": ["pretrain", "--data", text, "--vocab-size", "280", *shape]
         + ["--steps", "1", "--batch", "8", "--micro-batch", "2"],
         "sft": ["sft", *init, "--data", demonstrations, "--batch", "36", "--epochs", "1"]
         + ["--pretrain-data", text, "--pretrain-mix", "0.5", "--val-fraction", "0.1"],

@@ -354,6 +354,10 @@ def test_trl_mask_and_gradient():
         logits, index[..., None].expand(-1, -1, 2), row_mask=mask[..., None].expand(-1, -1, 2)
     )
     torch.testing.assert_close(several, logprobs[..., None].expand(-1, -1, 2))
+    hidden = logits.detach().index_fill(-1, torch.tensor([3, 5]), -torch.inf)
+    for chosen in ([3, 4], [4, 3], [3, 5]):
+        found = trl.selective_log_softmax(hidden, torch.tensor(chosen).expand(2, 7, -1))
+        torch.testing.assert_close(found, hidden.log_softmax(-1)[..., chosen])
     with pytest.raises(ValueError, match="temperature"):
         trl.selective_log_softmax(logits, index, 0.0)
     with pytest.raises(ValueError, match=r"index must be .*2, 7.*, got .*7, 2"):

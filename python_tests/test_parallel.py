@@ -144,9 +144,18 @@ def test_what_cannot_be_shared_is_refused(data, tmp_path, monkeypatch, capsys):
         parallel.micro_batch_size(2, 9)
     assert parallel.micro_batch_size(0, 9) == 3 and parallel.micro_batch_size(1, 9) == 1
     assert parallel.chunks("abcd") == ["a", "b", "cd"] and parallel.chunks("a") == ["a"]
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "3")):
+        monkeypatch.setenv(name, value)
     assert main(["eval", str(data / "model"), "--data", str(data / "demonstrations.jsonl")]) == 2
     assert "`eval` runs in one process" in capsys.readouterr().err
+
+
+def test_a_mistake_is_told_once(data, tmp_path):
+    (tmp_path / "final").mkdir()
+    command = [*python(2), "-m", "instructcore", *pretrain(data, tmp_path, "--steps", "1")]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode and done.stderr.count("already holds a run or a model") == 1
+    assert "Connection closed" not in done.stderr
 
 
 def test_gradients_are_summed_in_buckets(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import random
 
 import pytest
@@ -135,11 +136,12 @@ def test_training_is_deterministic(bpe, tmp_path):
 
 def test_save_and_load(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
-    for path in (tmp_path, tmp_path / "tokenizer.json"):
-        again = Tokenizer.load(path)
+    loaded = [Tokenizer.load(path) for path in (tmp_path, tmp_path / "tokenizer.json")]
+    for again in (*loaded, pickle.loads(pickle.dumps(tokenizer))):
         for name in ("kind", "vocab_size", "pad_id", "eos_id", "assistant_id"):
             assert getattr(again, name) == getattr(tokenizer, name)
-        assert again.encode_batch(HARD) == tokenizer.encode_batch(HARD)
+        texts = [*HARD, f"{EOS} is text, as {ASSISTANT} is"]
+        assert again.encode_batch(texts) == tokenizer.encode_batch(texts)
         assert again.add_specials() == 0
 
 

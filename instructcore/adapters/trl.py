@@ -3,6 +3,8 @@
 Results are float32, as those of TRL's own fused kernel.
 """
 
+import torch
+
 from instructcore.ops import TokenLogprobs, token_logprobs
 
 from . import replacing
@@ -23,9 +25,11 @@ def selective_log_softmax(logits, index, temperature=1.0, row_mask=None):
     row_mask is. K tokens of a row take one read of it."""
     if index.ndim != logits.ndim:
         return rows(logits, index, temperature, row_mask, False).logprobs
-    first = rows(logits, index[..., 0], temperature, None, False).logprobs
     chosen = logits.gather(-1, index.long()).float() / temperature
-    logprobs = chosen - chosen[..., :1] + first[..., None]
+    best = chosen.argmax(-1, keepdim=True)  # finite, if any is
+    known = rows(logits, index.gather(-1, best)[..., 0], temperature, None, False).logprobs
+    logprobs = chosen - chosen.gather(-1, best) + known[..., None]
+    logprobs = torch.where(chosen.isneginf(), chosen, logprobs)
     return logprobs if row_mask is None else logprobs.masked_fill(row_mask == 0, 0.0)
 
 

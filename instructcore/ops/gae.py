@@ -164,9 +164,11 @@ def gae(
         TypeError: an element type is not the documented one.
         ValueError: shapes or devices differ.
 
-    Numerics: float32 arithmetic whatever the input type. On the CPU one serial chain per row; on
-    CUDA a scan over tiles of the row, counted from its end. Either way the same bits from run to
-    run, for any number of threads and whatever the other rows.
+    Numerics: float32 arithmetic whatever the input type. On the CPU a scan over sixteen steps at
+    a time, counted from the last unmasked one, where they are unmasked, none ends an episode and
+    they lie side by side, and step by step elsewhere; on CUDA a scan over tiles of the row, counted
+    from its end. Either way the same bits from run to run, for any number of threads and whatever
+    the other rows.
 
     Source: Schulman et al. 2015, arXiv:1506.02438, equation 16.
     """
