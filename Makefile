@@ -1,4 +1,4 @@
-.PHONY: dev test full bench gpu-report clients lint format
+.PHONY: dev test full bench gpu-report clients docs lint format
 
 dev:      # editable install with everything that development needs
 	pip install -e '.[dev,tensorboard]'
@@ -12,6 +12,8 @@ gpu-report:  # on a machine with a GPU: build, test, train and measure, in less 
 	python bench/gpu_report.py
 clients:  # the server, asked by the real OpenAI clients of four major versions and by lm-eval
 	python python_tests/clients.py
+docs:     # the site, into build/docs; needs pip install -e '.[docs]'
+	python -m mkdocs build
 lint:
 	ruff check . && ruff format --check . && bash .ci/check_objects
 format:
