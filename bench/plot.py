@@ -77,7 +77,9 @@ def summary(results: list[Result], header: str) -> Iterator[str]:
 
 
 def kind_of(result: Result) -> str:
-    """The op; `attention` is measured in three forms."""
+    """The op; `attention` is measured in three forms, and `activation` names two ops."""
+    if result.op == "activation":
+        return f"`{result.case.split()[0]}`"
     if result.op != "attention":
         return f"`{result.op}`"
     if result.case.startswith("decode"):

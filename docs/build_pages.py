@@ -67,7 +67,8 @@ def on_page_markdown(markdown, **_):
 
 def readme(heading: str) -> str:
     """What README.md has from a heading to the next one; "instructcore": the words before any."""
-    text = (ROOT / "README.md").read_text("utf-8").replace("[中文](README.zh.md)\n", "")
+    text = (ROOT / "README.md").read_text("utf-8")
+    text = text.replace("[中文](README.zh.md)\n", "").replace(r"\|", "|")
     _, *parts = re.split(r"^(?:# (?=instructcore\n)|##+ )(.+)\n", text, flags=re.M)
     body = dict(zip(parts[::2], parts[1::2], strict=True))[heading]
     body = re.sub(r"<details>.*?</details>", "", body, flags=re.S)  # every case: the ops' pages
@@ -105,7 +106,7 @@ def op_pages() -> Iterator[tuple[str, str | bytes]]:
     results = plot.read()
     for op in OPS:
         function = getattr(ops, op)
-        signature = inspect.getsource(function).partition('"""')[0]
+        signature = inspect.getsource(function).partition('"""')[0].strip(" :\n")
         body = "".join(docstring(function.__doc__, op))
         lines = [f"# {op}\n{fenced(signature)}{body}"]
         for name in sorted(set(re.findall(r"\w+", signature + body)) & set(ops.__all__)):
@@ -136,7 +137,7 @@ def docstring(text: str, op: str = "") -> Iterator[str]:
             lead, *parts = re.split(r"^((?:\w+, )*\w+): ", block, flags=re.M)
             yield prose(lead, op)
             for names, meaning in zip(parts[::2], parts[1::2], strict=True):
-                yield f"`{names}`\n:   {prose(meaning, op)}"
+                yield f"* `{names}`: {prose(meaning, op)}"
         else:
             yield prose(block.removesuffix("::") + ":" * block.endswith("::"), op)
 

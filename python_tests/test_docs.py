@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import html
 import inspect
 import re
@@ -77,10 +78,17 @@ def test_op(site, op):
     (page,) = (page for path, page in site.items() if path.parts[-2:] == ("ops", f"{op}.html"))
     text = html.unescape(page.text)
     for name in inspect.signature(getattr(ops, op)).parameters:
-        assert re.search(rf"<dt>[^/]*\b{name}\b", text), f"{name} is not explained"
+        assert re.search(rf"<li>\s*(<p>)?<code>[^<]*\b{name}\b", text), f"{name} is not explained"
     assert {"args", "returns", "raises", "source", "reference"} <= page.anchors
-    if f"\n{op}," in "".join(p.read_text() for p in (ROOT / "bench" / "results").glob("*.csv")):
-        assert "times" in page.anchors and f'src="{op}.png"' in text
+    assert ("times" in page.anchors) == (f'src="{op}.png"' in text)
+
+
+def test_every_measured_case_is_shown(site):
+    shown = {cell for page in site.values() for cell in re.findall(r"<td>([^<]*)</td>", page.text)}
+    for path in (ROOT / "bench" / "results").glob("*.csv"):
+        for row in csv.DictReader(path.read_text("utf-8").splitlines()):
+            if (ROOT / "instructcore" / "ops" / f"{row['op']}.py").exists():
+                assert html.escape(row["case"]) in shown, f"{row['op']}: {row['case']}"
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
