@@ -9,6 +9,7 @@ process by itself, every function here is the plain call that it stands for.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
 import sys
@@ -45,6 +46,7 @@ def begin(device: torch.device) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)  # its threads may abort a process that ends
     _joined = True
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
