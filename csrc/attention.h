@@ -150,12 +150,13 @@ constexpr AttentionPlan attention_plan(int64_t dim) {
   p.rows = p.padded <= 64 ? 768 : 49152 / p.padded / 48 * 48;
   p.back_rows = 96;
   p.back_keys = p.padded <= 64 ? 256 : 16384 / p.padded / 32 * 32;
-  // keys transposed, values; queries, outputs, row sums and maxima; a tile of logits and weights
-  p.forward_floats = 2 * p.keys * p.padded + p.rows * (2 * p.padded + 16 + 1) + 9 * p.keys;
+  // keys transposed, values; queries, outputs, row sums and maxima; a tile of logits and weights,
+  // of 32 rows at most
+  p.forward_floats = 2 * p.keys * p.padded + p.rows * (2 * p.padded + 16 + 1) + 32 * p.keys;
   // keys and values transposed, keys, two gradients; queries, dout, dq, lse and delta; a tile of
   // logits and of dout . v; weights and dlogit
   p.backward_floats = 5 * p.back_keys * p.padded + p.back_rows * (3 * p.padded + 2) +
-                      12 * p.back_keys + 2 * p.back_rows * (p.back_keys + 48);
+                      64 * p.back_keys + 2 * p.back_rows * (p.back_keys + 48);
   return p;
 }
 

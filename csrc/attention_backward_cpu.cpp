@@ -15,11 +15,15 @@
 namespace ic::IC_ISA {
 namespace {
 
-// Rows whose logits are formed together: an even number, whole tiles of multiply.
-constexpr int64_t kGroup = 6;
-
 template <Word kWord>
 class BackwardTask {
+  // By the matrix unit, the gradients of keys and values are summed as columns: weights and dlogit
+  // lie as an operand b, the rows as an operand a.
+  static constexpr bool kTurned = kWord == Word::kMatrix;
+  // Rows whose logits are formed together, and keys whose gradients are: an even number, whole
+  // tiles of multiply.
+  static constexpr int64_t kGroup = kTurned ? kMatrixRows : 6;
+
  public:
   BackwardTask(const AttentionBackwardArgs& args, const AttentionPlan& plan, const Sequence& s,
                int64_t kv_head, float* scratch)
@@ -78,21 +82,46 @@ class BackwardTask {
     if (rows.size() > 0)
       for (int64_t i = rows.begin / plan_.back_rows; i * plan_.back_rows < rows.end; ++i)
         add_rows(index, i, rows);
+    store_key_gradients();
+  }
+
+ private:
+  void store_key_gradients() {
     const Rows grad_k = key_rows(a_, b_.grad_k, s_, kv_head_);
     const Rows grad_v = key_rows(a_, b_.grad_v, s_, kv_head_);
     const float zeros[kAttentionMaxDim] = {};
+    float rows[2][kTurned ? kLanes * kAttentionMaxDim : 1];
     for (int64_t j = 0; j < n_keys_; ++j) {
+      const float *from_k = grad_k_ + j * plan_.padded, *from_v = grad_v_ + j * plan_.padded;
+      if constexpr (kTurned) {
+        const int64_t i = j % kLanes;
+        if (i == 0) {
+          turn(grad_k_ + j, rows[0]);
+          turn(grad_v_ + j, rows[1]);
+        }
+        from_k = rows[0] + i * plan_.padded;
+        from_v = rows[1] + i * plan_.padded;
+      }
       if (s_.end_row(key_ + j) <= s_.first_row(key_ + j)) {  // seen by no query
         store_row(a_.dtype, zeros, a_.dim, 1.0f, grad_k.at(key_ + j));
         store_row(a_.dtype, zeros, a_.dim, 1.0f, grad_v.at(key_ + j));
         continue;
       }
-      store_row(a_.dtype, grad_k_ + j * plan_.padded, a_.dim, a_.scale, grad_k.at(key_ + j));
-      store_row(a_.dtype, grad_v_ + j * plan_.padded, a_.dim, 1.0f, grad_v.at(key_ + j));
+      store_row(a_.dtype, from_k, a_.dim, a_.scale, grad_k.at(key_ + j));
+      store_row(a_.dtype, from_v, a_.dim, 1.0f, grad_v.at(key_ + j));
     }
   }
 
- private:
+  // Sixteen columns, of a key each, become rows.
+  void turn(const float* from, float* to) const {
+    for (int64_t d = 0; d < plan_.padded; d += kLanes) {
+      Vec tile[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) tile[i] = load(from + (d + i) * plan_.back_keys);
+      transpose(tile);
+      for (int64_t i = 0; i < kLanes; ++i) store(to + i * plan_.padded + d, tile[i]);
+    }
+  }
+
   void clear_queries(Span rows) {
     const Rows out = query_rows(b_.grad_q, a_.dtype, s_, kv_head_);
     const float zeros[kAttentionMaxDim] = {};
@@ -113,8 +142,11 @@ class BackwardTask {
       logit_gradients(r, smaller(kGroup, here_.end - r), r - here_.begin);
     for (int64_t j = 0; j < n_keys_; j += kGroup) {
       const int64_t keys = smaller(kGroup, n_keys_ - j);
-      add_to_keys(j, keys, weights_, dout_rows_, dout_values_, dout_finite_, grad_v_);
-      add_to_keys(j, keys, dlogit_, q_rows_, q_values_, q_finite_, grad_k_);
+      const auto add = [&](auto... args) {
+        kTurned ? add_to_columns(j, keys, args...) : add_to_keys(j, keys, args...);
+      };
+      add(weights_, dout_rows_, dout_values_, dout_finite_, grad_v_);
+      add(dlogit_, q_rows_, q_values_, q_finite_, grad_k_);
     }
 
     const int64_t first = s_.first_seen(all.begin) / plan_.back_keys;
@@ -148,6 +180,10 @@ class BackwardTask {
     const auto pack = [&](const Rows& rows, float* a, float* b) {
       if (kWord != Word::kFloat)  // else a is b
         pack_queries<kWord>(a_.dtype, rows, here_.begin, n, a_.dim, a, q_row_);
+      if constexpr (kTurned) {
+        turn_rows(rows, here_, b);
+        return all_finite(a, n * q_row_);
+      }
       return pack_values<kWord>(a_.dtype, rows, here_.begin, here_.begin, here_.end, a_.dim, b,
                                 padded);
     };
@@ -162,6 +198,24 @@ class BackwardTask {
       lse_[i] = a_.lse[at];
       if (b_.grad_lse) delta_[i] -= b_.grad_lse[at];
     }
+  }
+
+  // Rows of a block, 0 outside of `seen`, as columns of words.
+  void turn_rows(const Rows& rows, Span seen, float* to) const {
+    const BFloat16 zeros[kAttentionMaxDim] = {};
+    const auto row = [&](int64_t i) {
+      const bool inside = i >= seen.begin - here_.begin && i < seen.end - here_.begin;
+      return inside ? reinterpret_cast<const BFloat16*>(rows.at(here_.begin + i)) : zeros + 0;
+    };
+    pack_across(row, a_.dim, here_.size(), to, turned_row());
+  }
+  int64_t turned_row() const { return words_of(kWord, plan_.back_rows); }
+
+  static bool all_finite(const float* words, int64_t n) {
+    Vec check = broadcast(0.0f);
+    for (int64_t i = 0; i < n; i += kLanes)
+      check = multiply_add<kWord>(load(words + i), broadcast(0.0f), check);
+    return reduce_add(check) == 0.0f;
   }
 
   int64_t head_of(int64_t row) const { return kv_head_ * s_.group + row % s_.group; }
@@ -255,6 +309,12 @@ class BackwardTask {
         }
       }
     }
+    if constexpr (kTurned)  // words that are multiplied with the last of the rows
+      for (int64_t m = round_up(rows, kElements); m < round_up(rows, kGroup); m += kElements)
+        for (int64_t v = w0; v < w1; ++v) {
+          store(weights_ + (i + m) / kElements * ld_ + v * kLanes, zero);
+          store(dlogit_ + (i + m) / kElements * ld_ + v * kLanes, zero);
+        }
   }
 
   // to += weights^T values for `keys` keys from the j-th on. Exactly the rows that see a key where
@@ -282,6 +342,47 @@ class BackwardTask {
     }
   }
 
+  // The same with keys as columns, from a multiple of 32 on.
+  void add_to_columns(int64_t j, int64_t keys, const float* weights, const Rows& source,
+                      float* values, bool finite, float* to) {
+    const int64_t ldc = plan_.back_keys, lda = turned_row();
+    const auto multiply_seen = [&](Span seen, float* c, int64_t ld, const float* keep,
+                                   int64_t column, int64_t n) {
+      const Span whole = whole_rows<kWord>(seen.begin - here_.begin, seen.end - here_.begin);
+      const int64_t i = whole.begin / kElements;
+      multiply_rows(
+          kWord,
+          {values + i, weights + i * ld_ + column, c, keep, lda, ld_, ld, whole.size() / kElements},
+          plan_.padded, n);
+    };
+    const auto seen_rows = [&](int64_t first, int64_t last) {
+      return Span{larger(here_.begin, s_.first_row(key_ + first)),
+                  smaller(here_.end, s_.end_row(key_ + last))};
+    };
+    const bool fresh = s_.first_row(key_ + j) >= here_.begin;  // no row added to them before
+    if (finite) {
+      const Span seen = seen_rows(j, j + keys - 1);
+      if (seen.size() > 0)
+        multiply_seen(seen, to + j, ldc, fresh ? nullptr : kOnes, j, kMatrixRows);
+      return;
+    }
+    if (fresh)
+      for (int64_t d = 0; d < plan_.padded; ++d)
+        __builtin_memset(to + d * ldc + j, 0, kMatrixRows * sizeof(float));
+    float sums[kAttentionMaxDim * kLanes];
+    for (int64_t key = j; key < j + keys; ++key) {
+      const Span seen = seen_rows(key, key);
+      if (seen.size() == 0) continue;
+      turn_rows(source, seen, values);
+      const int64_t column = key / kLanes * kLanes;
+      for (int64_t d = 0; d < plan_.padded; ++d)
+        store(sums + d * kLanes, load(to + d * ldc + column));
+      multiply_seen(seen, sums, kLanes, kOnes, column, kLanes);
+      for (int64_t d = 0; d < plan_.padded; ++d)
+        to[d * ldc + key] = sums[d * kLanes + key - column];
+    }
+  }
+
   // dq += dlogit k for a group of rows, the first the i-th of its block.
   void add_to_queries(int64_t r, int64_t rows, int64_t i, float* to) {
     const int64_t padded = plan_.padded, step = keys_finite_ ? rows : 1;
@@ -291,7 +392,8 @@ class BackwardTask {
     for (int64_t m = 0; m < rows; m += step) {
       const Span seen = seen_by(r + m, step);
       if (seen.size() == 0) continue;
-      const int64_t first = seen.begin / kElements;
+      const Span whole = whole_rows<kWord>(seen.begin, seen.end);
+      const int64_t first = whole.begin / kElements;
       const float* from = keys_ + first * padded;
       if (!keys_finite_) {
         pack_values<kWord>(a_.dtype, k_, key_, key_ + seen.begin, key_ + seen.end, a_.dim, keys_,
@@ -300,7 +402,7 @@ class BackwardTask {
       }
       multiply_rows(kWord,
                     {dlogit_rows_ + (i + m) * row_ld_ + first, from, to + m * padded, keep, row_ld_,
-                     padded, padded, words_of(kWord, seen.end) - first},
+                     padded, padded, whole.size() / kElements},
                     step, padded);
     }
   }
@@ -373,6 +475,7 @@ void attention_backward_cpu(const AttentionBackwardArgs& b) {
   Slot::clear(a.workspace, plan.backward_floats, a.threads);
   parallel_rows(tasks, grain_of(flops, tasks), a.threads, [&](int64_t begin, int64_t end) {
     Slot slot(a.workspace, plan.backward_floats, a.threads);
+    const MatrixUnit unit(word);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t unit = task % units, block = task / units;
       const Sequence s = attention_sequence(a, unit / a.kv_heads);

@@ -171,6 +171,7 @@ IC_INLINE void with_word(Word word, F&& f) {
   if (word == Word::kFloat) return f(WordTag<Word::kFloat>{});
 #if defined(__AVX512F__)
   if (word == Word::kPair) return f(WordTag<Word::kPair>{});
+  if (word == Word::kMatrix) return f(WordTag<Word::kMatrix>{});
 #endif
   f(WordTag<Word::kSplit>{});
 }
@@ -210,9 +211,17 @@ void pack_keys(Dtype dtype, const Rows& rows, int64_t first, int64_t n, int64_t 
   if (negative) turn_signs<kWord>(to, round_up(n, kPanel) * words_of(kWord, dim));
 }
 
-// Sums across rows, operand b: rows begin .. end - 1, padded to whole vectors. Pairs are counted
-// from row `base`; where begin or end splits one, the row outside is 0. Returns whether all is
-// finite.
+// Rows of values that are multiplied as one, and the range of them that holds begin .. end - 1.
+template <Word kWord>
+constexpr int64_t kRowsAtOnce = elements_of(kWord) * words_at_once(kWord);
+template <Word kWord>
+constexpr Span whole_rows(int64_t begin, int64_t end) {
+  constexpr int64_t kRows = kRowsAtOnce<kWord>;
+  return {begin / kRows * kRows, (end + kRows - 1) / kRows * kRows};
+}
+
+// Sums across rows, operand b: rows begin .. end - 1, padded to whole vectors, and rows of 0 up to
+// whole_rows on either side, counted from row `base`. Returns whether all is finite.
 template <Word kWord>
 bool pack_values(Dtype dtype, const Rows& rows, int64_t base, int64_t begin, int64_t end,
                  int64_t dim, float* to, int64_t ld) {
@@ -233,13 +242,14 @@ bool pack_values(Dtype dtype, const Rows& rows, int64_t base, int64_t begin, int
           }
         } else {
           const BFloat16 zeros[kAttentionMaxDim] = {};
-          for (int64_t i = begin - (begin - base) % 2; i < end; i += 2, to += ld) {
+          const auto row = [&](int64_t i) __attribute__((always_inline)) {
+            if (i < begin || i >= end) return zeros + 0;
             rows.prefetch_after(i, dim * sizeof *element);
-            rows.prefetch_after(i + 1, dim * sizeof *element);
-            const BFloat16* early =
-                i < begin ? zeros : reinterpret_cast<const BFloat16*>(rows.at(i));
-            const BFloat16* late =
-                i + 1 < end ? reinterpret_cast<const BFloat16*>(rows.at(i + 1)) : zeros;
+            return reinterpret_cast<const BFloat16*>(rows.at(i));
+          };
+          const Span all = whole_rows<kWord>(begin - base, end - base);
+          for (int64_t i = base + all.begin; i < base + all.end; i += 2, to += ld) {
+            const BFloat16 *early = row(i), *late = row(i + 1);
             for (int64_t d = 0; d < dim; d += kLanes)
               put(interleave(early + d, late + d, dim - d), to + d);
           }
@@ -255,10 +265,14 @@ IC_INLINE VecInt round_to_high_half(Vec x) {
   return select(x == x, rounded, b | broadcast_int(0x400000));
 }
 
+// The machine has instructions for pairs of bfloat16.
+template <Word kWord>
+constexpr bool kNativePairs = kWord == Word::kPair || kWord == Word::kMatrix;
+
 // 32 neighbours along the sum as 16 words.
 template <Word kWord>
 IC_INLINE void store_neighbours(float* to, Vec first, Vec second) {
-  if constexpr (kWord == Word::kPair) {
+  if constexpr (kNativePairs<kWord>) {
 #if defined(__AVX512F__)
     NativeFloat words;
     asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(words) : "v"(second.part[0]), "v"(first.part[0]));
@@ -274,7 +288,7 @@ IC_INLINE void store_neighbours(float* to, Vec first, Vec second) {
 template <Word kWord>
 IC_INLINE void store_pairs(float* to, Vec early, Vec late) {
 #if defined(__AVX512F__)
-  if constexpr (kWord == Word::kPair) {
+  if constexpr (kNativePairs<kWord>) {
     __m512i words;  // all of `early`, then all of `late`
     asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(words) : "v"(late.part[0]), "v"(early.part[0]));
     const __m512i halves =
@@ -299,11 +313,12 @@ IC_INLINE Vec multiply_add_word(const float* a, Vec b, Vec c) {
 // Any number of rows.
 template <Layout kLayout = Layout::kRows>
 IC_INLINE void multiply_rows(Word word, Tile t, int64_t rows, int64_t columns) {
-  for (; rows > 0; rows -= kTileRows) {
-    multiply<kLayout>(word, t, smaller(rows, kTileRows), columns);
-    t.a = static_cast<const float*>(t.a) + kTileRows * (kLayout == Layout::kRows ? t.lda : 1);
-    t.c += kTileRows * t.ldc;
-    if (t.keep && t.keep != kOnes) t.keep += kTileRows;
+  const int64_t step = tile_rows(word);
+  for (; rows > 0; rows -= step) {
+    multiply<kLayout>(word, t, smaller(rows, step), columns);
+    t.a = static_cast<const float*>(t.a) + step * (kLayout == Layout::kRows ? t.lda : 1);
+    t.c += step * t.ldc;
+    if (t.keep && t.keep != kOnes) t.keep += step;
   }
 }
 
@@ -316,13 +331,14 @@ IC_INLINE void multiply_columns(Word word, const float* q, int64_t ldq, const fl
                                 int64_t words, int64_t rows, int64_t v0, int64_t v1, float* to,
                                 int64_t ld) {
   constexpr int64_t kVecs = kPanel / kLanes;
+  const int64_t depth = word == Word::kMatrix ? words : kDepth;
   for (int64_t v = v0; v < v1;) {
     const int64_t end = smaller(v1, (v / kVecs + 1) * kVecs);
     const float* panel = columns + v / kVecs * kPanel * words + v % kVecs * kLanes;
-    for (int64_t d = 0; d < words; d += kDepth)
+    for (int64_t d = 0; d < words; d += depth)
       multiply_rows(word,
                     {q + d, panel + d * kPanel, to + v * kLanes, d > 0 ? kOnes : nullptr, ldq,
-                     kPanel, ld, smaller(kDepth, words - d)},
+                     kPanel, ld, smaller(depth, words - d)},
                     rows, (end - v) * kLanes);
     v = end;
   }
@@ -343,6 +359,15 @@ void dot_rows(const float* x, const float* y, int64_t n, int64_t ld, float* to) 
       }
       transpose(a);
       transpose(b);
+      if constexpr (kWord == Word::kMatrix) {
+        Vec early = broadcast(0.0f), late = early;
+        for (int64_t i = 0; i < kLanes; ++i) {
+          early = fma(early_halves(a[i]), early_halves(b[i]), early);
+          late = fma(late_halves(a[i]), late_halves(b[i]), late);
+        }
+        sum = sum + (early + late);
+        continue;
+      }
       for (int64_t i = 0; i < kLanes; ++i) chain = multiply_add<kWord>(a[i], b[i], chain);
       if ((d + kLanes) % kDepth == 0 || d + kLanes == ld) {
         sum = sum + chain;

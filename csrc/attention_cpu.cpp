@@ -77,7 +77,9 @@ void round_to(Dtype dtype, float* x, int64_t dim) {
 
 template <Word kWord>
 class ForwardTask {
-  static constexpr int kMostUnpacked = 6;    // rows
+  static constexpr int kStep = tile_rows(kWord);                             // rows of a tile
+  static constexpr int kMostUnpacked = kWord == Word::kMatrix ? kLanes : 6;  // rows
+  static constexpr int kMostRows = kStep > kMostUnpacked ? kStep : kMostUnpacked;
   static constexpr int64_t kMostKeys = 256;  // of a block
   // Rows from a read to the prefetch of another: into L2, whose misses outnumber those of L1.
   static constexpr int64_t kAhead = 64;
@@ -93,8 +95,10 @@ class ForwardTask {
     out_ = arena.take(plan.rows * plan.padded);
     sums_ = arena.take(plan.rows * kLanes);
     maximum_ = arena.take(plan.rows);
-    logits_ = arena.take(kMostUnpacked * plan.keys);
-    weights_ = kWord == Word::kFloat ? logits_ : arena.take(kMostUnpacked * plan.keys / 2);
+    // Weights take the place of their logits where those fill the cache.
+    logits_ = arena.take(kMostRows * plan.keys);
+    weights_ = kInPlace ? logits_ : arena.take(kMostRows * plan.keys / 2);
+    weights_row_ = kInPlace ? plan.keys : plan.keys / 2;
     words_ = words_of(kWord, a_.dim);
     q_row_ = round_up(words_, kLanes);
     plain_ = plain_logits(a_);
@@ -113,15 +117,21 @@ class ForwardTask {
     k_ = key_rows(a_, a_.k, s_, kv_head_);
     v_ = key_rows(a_, a_.v, s_, kv_head_);
     k_.end = v_.end = end_key;
-    if (s_.queries == 1 && n <= kMostUnpacked) return run_unpacked(n, end_key);
+    if (s_.queries == 1 && n <= kMostUnpacked) {
+      if constexpr (kWord == Word::kMatrix) {
+        return run_turned(n, end_key);
+      } else {
+        return run_unpacked(n, end_key);
+      }
+    }
     for (int64_t key = s_.first_seen(begin) / plan_.keys * plan_.keys; key < end_key;
          key += plan_.keys) {
       const int64_t n_keys = smaller(plan_.keys, end_key - key);
       pack_keys<kWord>(a_.kv_dtype, k_, key, n_keys, a_.dim, false, columns_);
       finite_ = pack_values<kWord>(a_.kv_dtype, v_, key, key, key + n_keys, a_.dim, values_,
                                    plan_.padded);
-      for (int64_t r = begin; r < end; r += kTileRows)
-        add_keys(r, smaller(kTileRows, end - r), r - begin, key, n_keys);
+      for (int64_t r = begin; r < end; r += kStep)
+        add_keys(r, smaller(kStep, end - r), r - begin, key, n_keys);
     }
     for (int64_t r = begin; r < end; ++r) finish(r, r - begin);
   }
@@ -137,6 +147,43 @@ class ForwardTask {
       if (rows <= 4) return add_unpacked<4>(element, rows, end_key);
       add_unpacked<kMostUnpacked>(element, rows, end_key);
     });
+    for (int64_t r = 0; r < rows; ++r) finish(r, r);
+  }
+
+  // The same by the matrix unit: 32 keys at a time are rows of a, the queries columns of b.
+  void run_turned(int64_t rows, int64_t end_key) {
+    using Rows16 = const BFloat16*;
+    pack_columns<true>([&](int64_t i) { return reinterpret_cast<Rows16>(q_ + i * q_row_); }, rows,
+                       2 * q_row_, columns_);
+    float products[kMatrixRows * kLanes];
+    const int64_t lda = q_row_ + kLanes;
+    const int64_t first_key = s_.first_seen(0);
+    for (int64_t key = first_key / plan_.keys * plan_.keys; key < end_key; key += plan_.keys) {
+      const int64_t a = larger(0, first_key - key), z = smaller(plan_.keys, end_key - key);
+      const int64_t v0 = a / kLanes & ~1, v1 = (z + kLanes - 1) / kLanes;
+      for (int64_t v = v0; v < v1; v += 2) {
+        const int64_t n = smaller(kMatrixRows, z - v * kLanes);
+        pack_queries<kWord>(a_.kv_dtype, k_, key + v * kLanes, n, a_.dim, values_, lda);
+        multiply(kWord, {values_, columns_, products, nullptr, lda, kPanel, kLanes, q_row_}, n,
+                 kLanes);
+        for (int64_t half = 0; half < n; half += kLanes) {
+          Vec tile[kLanes];
+          for (int64_t i = 0; i < kLanes; ++i)
+            tile[i] = load(products + smaller(half + i, n - 1) * kLanes);
+          transpose(tile);
+          for (int64_t m = 0; m < rows; ++m)
+            store(logits_ + m * plan_.keys + v * kLanes + half, tile[m]);
+        }
+      }
+      float keep[kMostUnpacked];
+      softmax(0, rows, 0, key, z, v0, v1, keep);
+      const int64_t first = whole_rows<kWord>(a, z).begin, last = whole_rows<kWord>(a, z).end;
+      pack_values<kWord>(a_.kv_dtype, v_, key, key + a, key + z, a_.dim, values_, plan_.padded);
+      multiply(kWord,
+               {weights_ + first / kElements, values_, out_, key <= first_key ? nullptr : keep,
+                weights_row_, plan_.padded, plan_.padded, (last - first) / kElements},
+               rows, plan_.padded);
+    }
     for (int64_t r = 0; r < rows; ++r) finish(r, r);
   }
 
@@ -201,7 +248,7 @@ class ForwardTask {
   template <int kRows, int kVecs, class T>
   IC_INLINE void multiply_values(const T* const* from, int64_t a, int64_t z, int64_t d,
                                  const float* keep) {
-    const int64_t ld = words_of(kWord, plan_.keys);
+    const int64_t ld = weights_row_;
     Vec sum[kRows][kVecs];
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m)
@@ -272,13 +319,14 @@ class ForwardTask {
     const Span tile{seen_by(r, key, n_keys).begin, seen_by(r + rows - 1, key, n_keys).end};
     if (tile.size() == 0) return;
     const int64_t v0 = tile.begin / kLanes, v1 = (tile.end + kLanes - 1) / kLanes;
-    const int64_t padded = plan_.padded, keys = plan_.keys, ld = words_of(kWord, keys);
+    const int64_t padded = plan_.padded, keys = plan_.keys, ld = weights_row_;
     multiply_columns(kWord, q_ + i * q_row_, q_row_, columns_, words_, rows, v0, v1, logits_, keys);
-    float keep[kTileRows];
+    float keep[kStep];
     softmax(r, rows, i, key, n_keys, v0, v1, keep);
     const bool fresh = s_.first_seen(r) >= key;  // nothing was added to these rows before
     if (finite_) {
-      const int64_t first = tile.begin / kElements, last = words_of(kWord, tile.end);
+      const Span whole = whole_rows<kWord>(tile.begin, tile.end);
+      const int64_t first = whole.begin / kElements, last = whole.end / kElements;
       multiply(kWord,
                {weights_ + first, values_ + first * padded, out_ + i * padded,
                 fresh ? nullptr : keep, ld, padded, padded, last - first},
@@ -292,7 +340,8 @@ class ForwardTask {
       if (seen.size() == 0) continue;
       pack_values<kWord>(a_.kv_dtype, v_, key, key + seen.begin, key + seen.end, a_.dim, values_,
                          padded);
-      const int64_t first = seen.begin / kElements, last = words_of(kWord, seen.end);
+      const Span whole = whole_rows<kWord>(seen.begin, seen.end);
+      const int64_t first = whole.begin / kElements, last = whole.end / kElements;
       multiply(kWord,
                {weights_ + m * ld + first, values_, out_ + (i + m) * padded, keep + m, ld, padded,
                 padded, last - first},
@@ -304,9 +353,9 @@ class ForwardTask {
   // summed before to the new maxima.
   void softmax(int64_t r, int64_t rows, int64_t i, int64_t key, int64_t n_keys, int64_t v0,
                int64_t v1, float* keep) {
-    const int64_t keys = plan_.keys, ld = words_of(kWord, keys);
+    const int64_t keys = plan_.keys, ld = weights_row_;
     const int64_t w0 = v0 & ~1, w1 = (v1 + 1) & ~1;
-    float maximum[kMostUnpacked];
+    float maximum[kMostRows];
     for (int64_t m = 0; m < rows; ++m) {
       const Span seen = seen_by(r + m, key, n_keys);
       float* logits = logits_ + m * keys;
@@ -362,11 +411,12 @@ class ForwardTask {
   }
 
   static constexpr int64_t kElements = elements_of(kWord);
+  static constexpr bool kInPlace = kWord == Word::kFloat || kWord == Word::kMatrix;
 
   const AttentionArgs& a_;
   const AttentionPlan& plan_;
   const Sequence& s_;
-  int64_t kv_head_, words_, q_row_;
+  int64_t kv_head_, words_, q_row_, weights_row_;
   Rows k_, v_;
   float *columns_, *values_, *q_, *out_, *logits_, *weights_;
   float *maximum_, *sums_;  // running softmax: (rows,) and (rows, 16)
@@ -438,6 +488,7 @@ void attention_cpu(const AttentionArgs& a) {
   // Last rows first: they see the most keys, and no long task is left for the end.
   parallel_rows(tasks, grain_of(flops, tasks), a.threads, [&](int64_t begin, int64_t end) {
     Slot slot(a.workspace, plan.forward_floats, a.threads);
+    const MatrixUnit unit(word);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t unit = task % units, first = (blocks - 1 - task / units) * block;
       const Sequence s = attention_sequence(a, unit / a.kv_heads);

@@ -1,5 +1,8 @@
 #include "isa.h"
 
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <atomic>
 
 #include "check.h"
@@ -9,6 +12,20 @@ namespace {
 
 constexpr int kUnset = -1;
 std::atomic<int> chosen{kUnset};
+
+#if defined(__x86_64__)
+// The matrix unit, and the kernel's permission for this process to use its registers.
+bool ask_for_matrix_unit() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr int kRequestState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         __builtin_cpu_supports("avx512bf16") &&
+         syscall(SYS_arch_prctl, kRequestState, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 }  // namespace
 
@@ -20,7 +37,8 @@ Isa best_isa() {
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
-  return v4 ? Isa::x86_64_v4 : v3 ? Isa::x86_64_v3 : Isa::x86_64;
+  static const bool amx = v4 && ask_for_matrix_unit();
+  return amx ? Isa::x86_64_amx : v4 ? Isa::x86_64_v4 : v3 ? Isa::x86_64_v3 : Isa::x86_64;
 #else
   return Isa::native_isa;
 #endif
@@ -50,6 +68,14 @@ const char* isa_name(Isa isa) {
 #undef IC_LEVEL
   }
   return "unknown";
+}
+
+bool has_matrix_unit() {
+#if defined(__x86_64__)
+  return current_isa() == Isa::x86_64_amx;
+#else
+  return false;
+#endif
 }
 
 bool has_bfloat16_dot() {

@@ -7,8 +7,9 @@
 
 namespace ic {
 
+// x86_64_amx has the code of x86_64_v4, which asks has_matrix_unit() where it multiplies.
 #if defined(__x86_64__)
-#define IC_ISA_LEVELS(X) X(x86_64) X(x86_64_v3) X(x86_64_v4)
+#define IC_ISA_LEVELS(X) X(x86_64) X(x86_64_v3) X(x86_64_v4) X(x86_64_amx)
 #else
 #define IC_ISA_LEVELS(X) X(native_isa)
 #endif
@@ -25,6 +26,7 @@ Isa current_isa();          // what the kernels use: best_isa() unless set
 void set_isa(Isa);          // for tests; throws where the machine lacks it
 const char* isa_name(Isa);  // "x86_64_v4"
 bool has_bfloat16_dot();    // the machine multiplies bfloat16 pairs, so such products are fast
+bool has_matrix_unit();     // current_isa() multiplies matrices of bfloat16 (Intel AMX)
 
 }  // namespace ic
 
@@ -51,6 +53,7 @@ bool has_bfloat16_dot();    // the machine multiplies bfloat16 pairs, so such pr
       case Isa::x86_64_v3:             \
         return x86_64_v3::name(args);  \
       case Isa::x86_64_v4:             \
+      case Isa::x86_64_amx:            \
         return x86_64_v4::name(args);  \
     }                                  \
   }

@@ -1,13 +1,14 @@
 // linear on the CPU.
 //
 // A task is a range of c's rows and a few panels of 64 of its columns. It packs its panels of b, as
-// much of the sum at a time as L2 holds, and walks the rows by tiles of kTileRows, which a panel
-// meets while the tile is in L1. So each task packs what it needs and nothing is shared: packing
-// costs 2 to 5 % of the multiplications from some 100 rows on, and needs no memory that grows with
-// the matrices. Where the sum does not fit, the sums of all rows wait in L2 for its next part.
+// much of the sum at a time as L2 holds, and walks the rows by tiles of a few, which a panel meets
+// while the tile is in L1. So each task packs what it needs and nothing is shared: packing costs 2
+// to 5 % of the multiplications from some 100 rows on, and needs no memory that grows with the
+// matrices. Where the sum does not fit, the sums of all rows wait in L2 for its next part.
 //
 // With up to kStreamRows rows, as in generating, reading b is all the work: a task turns 16 x 16
-// words of b around in registers and multiplies them there.
+// words of b around in registers and multiplies them there. The matrix unit takes rows of b as they
+// lie in memory if c is formed by columns: so it does up to kTurnedRows rows.
 #include "linear.h"
 #include "parallel.h"
 #include "tile.h"
@@ -52,21 +53,26 @@ IC_INLINE void store_some(T* to, Vec x, int64_t n) {
   }
 }
 
-// c[row + i][column + j] = round(sums[i][j] + bias[column + j]), rows x n of them.
+// c[row + i][column + j] = round(sums[i][j] + bias[column + j]), rows x n of them, n at most a
+// panel; added to what is there if the arguments say so.
 IC_INLINE void store_sums(const LinearArgs& g, int64_t row, int64_t column, int64_t rows, int64_t n,
                           const float* sums, int64_t ld) {
   const LinearMatrix bias{const_cast<void*>(g.bias), 0, g.bias_dtype};
+  Vec more[kPanel / kLanes];
+  for (int64_t j = 0; j < n; j += kLanes) {
+    more[j / kLanes] = broadcast(0.0f);
+    if (g.bias)
+      with_rows(bias, 0, column + j,
+                [&](auto from) { more[j / kLanes] = load_words<false>(from.first, n - j); });
+  }
   with_rows(g.c, row, column, [&](auto to) {
-    for (int64_t j = 0; j < n; j += kLanes) {
-      Vec more = broadcast(0.0f);
-      if (g.bias)
-        with_rows(bias, 0, column + j,
-                  [&](auto from) { more = load_words<false>(from.first, n - j); });
-      for (int64_t i = 0; i < rows; ++i) {
-        const Vec x = load(sums + i * ld + j);
-        store_some(to(i) + j, g.bias ? x + more : x, n - j);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < n; j += kLanes) {
+        Vec x = load(sums + i * ld + j);
+        if (g.bias) x = x + more[j / kLanes];
+        if (g.accumulate) x = load_words<false>(to(i) + j, n - j) + x;
+        store_some(to(i) + j, x, n - j);
       }
-    }
   });
 }
 
@@ -74,6 +80,7 @@ IC_INLINE void store_sums(const LinearArgs& g, int64_t row, int64_t column, int6
 
 struct Plan {
   Word word;
+  int64_t tile;          // rows of a tile
   int64_t words, chunk;  // of the sum; of a part of it, a multiple of a block
   int64_t rows, panels;  // of a task
   bool packed;           // rows of a are not words as they lie in memory
@@ -83,10 +90,12 @@ struct Plan {
   // Floats of scratch: b, a, sums.
   int64_t b_floats() const { return panels * kPanel * chunk; }
   int64_t a_floats(bool by_columns) const {
-    if (by_columns) return round_up(rows, kLanes) * chunk;
-    return packed ? kTileRows * round_up(chunk, kLanes) : 0;
+    if (by_columns) return round_up(rows, kLanes) * lda();
+    return packed ? tile * lda() : 0;
   }
-  int64_t sum_floats() const { return whole() ? kTileRows * kPanel : rows * panels * kPanel; }
+  // Words between rows of a that are packed: no power of two.
+  int64_t lda() const { return round_up(chunk, kLanes) + kLanes; }
+  int64_t sum_floats() const { return whole() ? tile * kPanel : rows * panels * kPanel; }
 };
 
 Plan plan_of(const LinearArgs& g) {
@@ -94,6 +103,7 @@ Plan plan_of(const LinearArgs& g) {
   const bool pairs = g.a.dtype == Dtype::kBFloat16 && g.b.dtype == Dtype::kBFloat16;
   const bool by_columns = g.form == LinearForm::kWeight;
   p.word = pairs ? pair_word() : Word::kFloat;
+  p.tile = tile_rows(p.word);
   p.words = ceil_div(g.depth, elements_of(p.word));
   p.packed = pairs ? g.depth % 2 != 0 || g.a.row % 2 != 0 : g.a.dtype != Dtype::kFloat32;
   // Up to 384 KB of L2 for b's panels. The rest of its 1 MB is for the sums of a task's rows, and
@@ -104,12 +114,12 @@ Plan plan_of(const LinearArgs& g) {
   const int64_t all_panels = larger(1, ceil_div(g.columns, kPanel));
   const int64_t most = by_columns ? 6 : larger(1, smaller(8, kPanelWords / (p.chunk * kPanel)));
   p.panels = smaller(most, all_panels);
-  const int64_t all_rows = round_up(larger(1, g.rows), kTileRows);
+  const int64_t all_rows = round_up(larger(1, g.rows), p.tile);
   p.rows = smaller(all_rows, by_columns ? 288 : p.whole() ? 1024 : 384);
   const auto tasks = [&] { return ceil_div(all_rows, p.rows) * ceil_div(all_panels, p.panels); };
   const int64_t wanted = g.threads > 1 ? 4 * g.threads : 1;
   while (tasks() < wanted && p.panels > 1) p.panels = (p.panels + 1) / 2;
-  while (tasks() < wanted && p.rows > 48) p.rows = round_up(p.rows / 2, kTileRows);
+  while (tasks() < wanted && p.rows > 48) p.rows = round_up(p.rows / 2, p.tile);
   p.row_tasks = ceil_div(all_rows, p.rows);
   p.panel_tasks = ceil_div(all_panels, p.panels);
   return p;
@@ -143,7 +153,7 @@ class Task {
       words_ = smaller(plan_.chunk, plan_.words - word);
       pack_b(word);
       if (g_.form == LinearForm::kWeight) pack_columns_of_a(word);
-      for (int64_t m = row_; m < end_row_; m += kTileRows) multiply_rows(m, word);
+      for (int64_t m = row_; m < end_row_; m += plan_.tile) multiply_rows(m, word);
     }
   }
 
@@ -166,24 +176,33 @@ class Task {
 
   void pack_columns_of_a(int64_t word) {
     const int64_t k = word * kElements, depth = smaller(words_ * kElements, g_.depth - k);
+    const int64_t n = end_row_ - row_;
     with_rows<kPairs>(g_.a, k, row_, [&](auto rows) {
-      pack_rows<kPairs>(rows, end_row_ - row_, depth, a_, round_up(plan_.rows, kLanes));
+      if constexpr (kPairs) {
+        if (plan_.word == Word::kMatrix) return pack_across(rows, n, depth, a_, plan_.lda());
+      }
+      pack_rows<kPairs>(rows, n, depth, a_, round_up(plan_.rows, kLanes));
     });
   }
 
   // The part from `word` on of the sums of a tile of rows from m on.
   void multiply_rows(int64_t m, int64_t word) {
-    const int64_t rows = smaller(kTileRows, end_row_ - m);
+    const bool matrix = plan_.word == Word::kMatrix;
+    const bool by_columns = g_.form == LinearForm::kWeight && !matrix;
+    const int64_t rows = smaller(plan_.tile, end_row_ - m);
+    const int64_t block = matrix ? larger(1, words_) : kLinearBlock;
     const bool last = word + words_ >= plan_.words;
     Tile tile{a_, b_, sums_};
-    tile.lda = round_up(plan_.rows, kLanes);
+    tile.lda = plan_.lda();
     tile.ldb = kPanel;
     tile.ldc = plan_.whole() ? kPanel : plan_.panels * kPanel;
     const float *a = a_, *b = b_;
-    if (g_.form == LinearForm::kWeight) {
+    if (by_columns) {
+      tile.lda = round_up(plan_.rows, kLanes);
       a = a_ + m - row_;
+    } else if (g_.form == LinearForm::kWeight) {
+      a = a_ + (m - row_) * tile.lda;
     } else if (plan_.packed) {
-      tile.lda = round_up(words_, kLanes);
       pack_rows_of_a(m, rows, word, tile.lda);
     } else {
       tile.lda = g_.a.row / kElements;
@@ -192,12 +211,11 @@ class Task {
     for (int64_t j = column_; j < end_column_; j += kPanel, b += words_ * kPanel) {
       const int64_t n = smaller(kPanel, end_column_ - j);
       tile.c = plan_.whole() ? sums_ : sums_ + (m - row_) * tile.ldc + j - column_;
-      if (g_.accumulate && word == 0) load_sums(m, j, rows, n, tile);
-      for (int64_t k = 0; k == 0 || k < words_; k += kLinearBlock) {
+      for (int64_t k = 0; k == 0 || k < words_; k += block) {
         tile.b = b + k * kPanel;
-        tile.keep = word + k == 0 && !g_.accumulate ? nullptr : kOnes;
-        tile.depth = smaller(kLinearBlock, words_ - k);
-        if (g_.form == LinearForm::kWeight) {
+        tile.keep = word + k == 0 ? nullptr : kOnes;
+        tile.depth = smaller(block, words_ - k);
+        if (by_columns) {
           tile.a = a + k * tile.lda;
           multiply<Layout::kColumns>(plan_.word, tile, rows, round_up(n, kLanes));
         } else {
@@ -216,12 +234,6 @@ class Task {
     });
   }
 
-  void load_sums(int64_t m, int64_t column, int64_t rows, int64_t n, const Tile& tile) const {
-    with_rows(g_.c, m, column, [&](auto from) {
-      for (int64_t i = 0; i < rows; ++i) pack_row<false>(from(i), n, tile.c + i * tile.ldc);
-    });
-  }
-
   const LinearArgs& g_;
   const Plan& plan_;
   float *b_, *a_, *sums_;
@@ -232,6 +244,7 @@ template <bool kPairs>
 void run_tasks(const LinearArgs& g, const Plan& plan) {
   const int64_t tasks = plan.row_tasks * plan.panel_tasks;
   parallel_rows(tasks, grain_of(g, tasks), g.threads, [&](int64_t begin, int64_t end) {
+    const MatrixUnit unit(plan.word);
     Task<kPairs> task(g, plan);
     for (int64_t i = begin; i < end; ++i) task.run(i / plan.panel_tasks, i % plan.panel_tasks);
   });
@@ -315,6 +328,45 @@ void stream(const LinearArgs& g, const Plan& plan) {
   });
 }
 
+// ---- rows by the matrix unit, c by columns: forward only ----
+
+#if defined(__AVX512F__)
+constexpr int64_t kTurnedRows = kPanel;
+
+// Whether rows of b are words as they lie in memory.
+bool turnable(const LinearArgs& g) { return g.depth % 2 == 0 && g.b.row % 2 == 0; }
+
+// 32 columns of c are a tile of rows of b, times the rows of a as columns.
+void turn(const LinearArgs& g, const Plan& plan) {
+  float* a = scratch(plan.words * kPanel);
+  with_rows<true>(g.a, 0, 0, [&](auto rows) { pack_columns<true>(rows, g.rows, g.depth, a); });
+  const int64_t tasks = ceil_div(g.columns, kMatrixRows), lda = g.b.row / 2;
+  parallel_rows(tasks, grain_of(g, tasks), g.threads, [&](int64_t begin, int64_t end) {
+    const MatrixUnit unit(plan.word);
+    float sums[kMatrixRows * kPanel];
+    for (int64_t column = begin * kMatrixRows; column < smaller(g.columns, end * kMatrixRows);
+         column += kMatrixRows) {
+      const int64_t n = smaller(kMatrixRows, g.columns - column);
+      const float* b = static_cast<const float*>(g.b.data) + column * lda;
+      multiply(Word::kMatrix, {b, a, sums, nullptr, lda, kPanel, kPanel, plan.words}, n,
+               round_up(g.rows, kLanes));
+      for (int64_t m = 0; m < g.rows; m += kLanes)
+        for (int64_t j = 0; j < n; j += kLanes) {
+          Vec tile[kLanes];
+          for (int64_t i = 0; i < kLanes; ++i)
+            tile[i] = load(sums + smaller(j + i, n - 1) * kPanel + m);
+          transpose(tile);
+          float rows[kLanes * kLanes];
+          for (int64_t i = 0; i < kLanes; ++i) store(rows + i * kLanes, tile[i]);
+          store_sums(g, m, column + j, smaller(kLanes, g.rows - m), smaller(kLanes, n - j), rows,
+                     kLanes);
+        }
+    }
+  });
+}
+
+#endif
+
 // ---- the bias ----
 
 // Sixteen columns at most; out is their row. Blocks of 16 rows are added up pairwise: sums[i] is
@@ -344,8 +396,12 @@ void sum_columns(const LinearBiasArgs& g, int64_t column, int64_t n, const Linea
 
 void linear_cpu(const LinearArgs& g) {
   const Plan plan = plan_of(g);
-  const bool pairs = plan.word != Word::kFloat;
-  if (g.form == LinearForm::kForward && g.rows <= kStreamRows && !g.accumulate)
+  const bool pairs = plan.word != Word::kFloat, forward = g.form == LinearForm::kForward;
+#if defined(__AVX512F__)
+  if (plan.word == Word::kMatrix && forward && g.rows <= kTurnedRows && turnable(g))
+    return turn(g, plan);
+#endif
+  if (plan.word != Word::kMatrix && forward && g.rows <= kStreamRows)
     return pairs ? stream<true>(g, plan) : stream<false>(g, plan);
   return pairs ? run_tasks<true>(g, plan) : run_tasks<false>(g, plan);
 }

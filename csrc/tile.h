@@ -7,6 +7,9 @@
 // bits do not depend on the tile that it falls into. A tile of kTileRows rows and kTileVecs vectors
 // of 16 columns fills the register file with its sums: for each word of a column it loads a row of
 // b once, and one word of a for each row.
+//
+// Where the machine multiplies matrices itself, the same operands go to its registers of 16 x 16
+// words, and a sum is one chain over groups of sixteen words.
 #pragma once
 
 #include "isa.h"
@@ -16,15 +19,22 @@ namespace ic::IC_ISA {
 
 // What a word holds and how it is multiplied. kPair is the machine's instruction (pair_word() says
 // whether there is one), kSplit does the same in two fused multiply-adds, the later element first:
-// the instruction's own order, and its bits as long as no operand and no sum is denormal.
-enum class Word : int { kFloat, kPair, kSplit };
+// the instruction's own order, and its bits as long as no operand and no sum is denormal. kMatrix
+// are pairs in groups of sixteen, as the matrix unit multiplies them (amx.h): the chains of a
+// group's earlier and of its later elements are added up, and that to the sum.
+enum class Word : int { kFloat, kPair, kSplit, kMatrix };
 
 // Elements in a word, along the sum.
 constexpr int64_t elements_of(Word word) { return word == Word::kFloat ? 1 : 2; }
 
+// Words that are multiplied as one: a sum may begin and end only between such groups, where
+// operands that are shorter hold 0.
+constexpr int64_t words_at_once(Word word) { return word == Word::kMatrix ? 16 : 1; }
+
 // The word for pairs of bfloat16 here.
 IC_INLINE Word pair_word() {
 #if defined(__AVX512F__)
+  if (has_matrix_unit()) return Word::kMatrix;
   if (has_bfloat16_dot()) return Word::kPair;
 #endif
   return Word::kSplit;
@@ -37,6 +47,11 @@ inline constexpr int kTileRows = 6, kTileVecs = 4;
 #else
 inline constexpr int kTileRows = 6, kTileVecs = 1;
 #endif
+
+// Rows of a tile at most, and of any.
+inline constexpr int64_t kMatrixRows = 32;
+constexpr int64_t tile_rows(Word word) { return word == Word::kMatrix ? kMatrixRows : kTileRows; }
+inline constexpr int64_t kMostRows = kMatrixRows;
 
 // Strides and depth in words.
 struct Tile {
@@ -53,9 +68,34 @@ struct TileTable {  // by word, layout of a, rows - 1 and vectors - 1
 };
 extern const TileTable kTiles;
 
-// `rows` at most kTileRows, `columns` a multiple of 16.
+#if defined(__AVX512F__)
+// kMatrix: here c goes on, keep[m] c[m][j] + (..): the sum's chain begins with it.
+void multiply_matrix(const Tile& t, int64_t rows, int64_t columns) noexcept;
+void release_matrix_unit() noexcept;
+#else
+inline void multiply_matrix(const Tile&, int64_t, int64_t) noexcept {}
+inline void release_matrix_unit() noexcept {}
+#endif
+
+// Around products of kMatrix on a thread: others may use the unit's registers in between.
+class MatrixUnit {
+ public:
+  explicit MatrixUnit(Word word) : used_(word == Word::kMatrix) {}
+  ~MatrixUnit() {
+    if (used_) release_matrix_unit();
+  }
+  MatrixUnit(const MatrixUnit&) = delete;
+  MatrixUnit& operator=(const MatrixUnit&) = delete;
+
+ private:
+  bool used_;
+};
+
+// `rows` at most tile_rows(word), `columns` a multiple of 16; kMatrix takes layout kRows.
 template <Layout kLayout = Layout::kRows>
-IC_INLINE void multiply(Word word, Tile t, int64_t rows, int64_t columns) {
+IC_INLINE void multiply(Word word, const Tile& tile, int64_t rows, int64_t columns) {
+  if (word == Word::kMatrix) return multiply_matrix(tile, rows, columns);
+  Tile t = tile;
   const auto& tiles = kTiles.at[static_cast<int>(word)][static_cast<int>(kLayout)][rows - 1];
   const float* b = static_cast<const float*>(t.b);
   for (int64_t left = columns / kLanes; left > 0; left -= kTileVecs) {
@@ -77,12 +117,21 @@ IC_INLINE NativeFloat late_half(NativeInt pair) {
   return (NativeFloat)(pair & (NativeInt{} + static_cast<int32_t>(0xffff0000)));
 }
 
-// c + a b of the words a and b.
+IC_INLINE Vec early_halves(Vec pairs) {
+  for (int p = 0; p < kParts; ++p) pairs.part[p] = early_half((NativeInt)pairs.part[p]);
+  return pairs;
+}
+IC_INLINE Vec late_halves(Vec pairs) {
+  for (int p = 0; p < kParts; ++p) pairs.part[p] = late_half((NativeInt)pairs.part[p]);
+  return pairs;
+}
+
+// c + a b of the words a and b. For kMatrix not the order of its sums.
 template <Word kWord>
 IC_INLINE NativeFloat multiply_add(NativeInt a, NativeInt b, NativeFloat c) {
   if constexpr (kWord == Word::kFloat) return fma((NativeFloat)a, (NativeFloat)b, c);
 #if defined(__AVX512F__)
-  if constexpr (kWord == Word::kPair) {
+  if constexpr (kWord == Word::kPair || kWord == Word::kMatrix) {
     // Not part of x86-64-v4, hence no intrinsic: pair_word() says whether it may run.
     asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
     return c;
@@ -220,6 +269,26 @@ IC_INLINE void pack_rows(const RowOf& row, int64_t n, int64_t depth, float* to, 
     for (int64_t k = 0; k < depth; ++k, to += ld) {
       const auto* from = row(k);
       for (int64_t j = 0; j < n; j += kLanes) store(to + j, load_words<false>(from + j, n - j));
+    }
+  }
+}
+
+// a by rows of sums, from bfloat16 rows across the sum: row(k) holds element k of n rows, which
+// become groups of sixteen words, 0 past the end, rows of a being ld words apart; those past n, up
+// to a whole vector, are 0 too.
+template <class RowOf>
+IC_INLINE void pack_across(const RowOf& row, int64_t n, int64_t depth, float* to, int64_t ld) {
+  const BFloat16 zeros[kLanes] = {};
+  for (int64_t m = 0; m < n; m += kLanes) {
+    for (int64_t k = 0; k < depth; k += 2 * kLanes) {
+      Vec tile[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const int64_t early = k + 2 * i, late = early + 1;
+        tile[i] = interleave(early < depth ? row(early) + m : zeros,
+                             late < depth ? row(late) + m : zeros, n - m);
+      }
+      transpose(tile);
+      for (int64_t i = 0; i < kLanes; ++i) store(to + (m + i) * ld + k / 2, tile[i]);
     }
   }
 }

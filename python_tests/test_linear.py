@@ -128,7 +128,7 @@ def test_levels_with_an_fma_have_the_same_bits(shape, dtype):
     leaves, upstream = inputs(shape, dtype), torch.randn(shape[:2]).to(dtype)
     best, found = _C.build_info()["isa"], []
     try:
-        for level in _C.isa_levels()[1:]:
+        for level in ("x86_64_v3", "x86_64_v4")[: len(_C.isa_levels()) - 1]:
             _C.set_isa(level)
             found.append([linear(*leaves), *gradients(linear, leaves, upstream)])
     finally:
