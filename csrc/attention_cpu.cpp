@@ -77,8 +77,8 @@ void round_to(Dtype dtype, float* x, int64_t dim) {
 
 template <Word kWord>
 class ForwardTask {
-  static constexpr int kStep = tile_rows(kWord);                             // rows of a tile
-  static constexpr int kMostUnpacked = kWord == Word::kMatrix ? kLanes : 6;  // rows
+  static constexpr int kStep = tile_rows(kWord);  // rows of a tile
+  static constexpr int kMostUnpacked = 6;         // rows
   static constexpr int kMostRows = kStep > kMostUnpacked ? kStep : kMostUnpacked;
   static constexpr int64_t kMostKeys = 256;  // of a block
   // Rows from a read to the prefetch of another: into L2, whose misses outnumber those of L1.
@@ -117,13 +117,7 @@ class ForwardTask {
     k_ = key_rows(a_, a_.k, s_, kv_head_);
     v_ = key_rows(a_, a_.v, s_, kv_head_);
     k_.end = v_.end = end_key;
-    if (s_.queries == 1 && n <= kMostUnpacked) {
-      if constexpr (kWord == Word::kMatrix) {
-        return run_turned(n, end_key);
-      } else {
-        return run_unpacked(n, end_key);
-      }
-    }
+    if (s_.queries == 1 && n <= kMostUnpacked) return run_unpacked(n, end_key);
     for (int64_t key = s_.first_seen(begin) / plan_.keys * plan_.keys; key < end_key;
          key += plan_.keys) {
       const int64_t n_keys = smaller(plan_.keys, end_key - key);
@@ -141,49 +135,17 @@ class ForwardTask {
   // keys at a time become columns in registers, values are multiplied from where they are; the same
   // sums in the same order.
   void run_unpacked(int64_t rows, int64_t end_key) {
+    if constexpr (kWord == Word::kMatrix)  // halves of the queries' words, as float32
+      for (int64_t i = 0; i < rows * q_row_; i += kLanes) {
+        store(columns_ + i, early_halves(load(q_ + i)));
+        store(columns_ + kMostUnpacked * q_row_ + i, late_halves(load(q_ + i)));
+      }
     with_element<kWord>(a_.kv_dtype, [&](auto* element) {
       if (rows <= 1) return add_unpacked<1>(element, rows, end_key);
       if (rows <= 2) return add_unpacked<2>(element, rows, end_key);
       if (rows <= 4) return add_unpacked<4>(element, rows, end_key);
       add_unpacked<kMostUnpacked>(element, rows, end_key);
     });
-    for (int64_t r = 0; r < rows; ++r) finish(r, r);
-  }
-
-  // The same by the matrix unit: 32 keys at a time are rows of a, the queries columns of b.
-  void run_turned(int64_t rows, int64_t end_key) {
-    using Rows16 = const BFloat16*;
-    pack_columns<true>([&](int64_t i) { return reinterpret_cast<Rows16>(q_ + i * q_row_); }, rows,
-                       2 * q_row_, columns_);
-    float products[kMatrixRows * kLanes];
-    const int64_t lda = q_row_ + kLanes;
-    const int64_t first_key = s_.first_seen(0);
-    for (int64_t key = first_key / plan_.keys * plan_.keys; key < end_key; key += plan_.keys) {
-      const int64_t a = larger(0, first_key - key), z = smaller(plan_.keys, end_key - key);
-      const int64_t v0 = a / kLanes & ~1, v1 = (z + kLanes - 1) / kLanes;
-      for (int64_t v = v0; v < v1; v += 2) {
-        const int64_t n = smaller(kMatrixRows, z - v * kLanes);
-        pack_queries<kWord>(a_.kv_dtype, k_, key + v * kLanes, n, a_.dim, values_, lda);
-        multiply(kWord, {values_, columns_, products, nullptr, lda, kPanel, kLanes, q_row_}, n,
-                 kLanes);
-        for (int64_t half = 0; half < n; half += kLanes) {
-          Vec tile[kLanes];
-          for (int64_t i = 0; i < kLanes; ++i)
-            tile[i] = load(products + smaller(half + i, n - 1) * kLanes);
-          transpose(tile);
-          for (int64_t m = 0; m < rows; ++m)
-            store(logits_ + m * plan_.keys + v * kLanes + half, tile[m]);
-        }
-      }
-      float keep[kMostUnpacked];
-      softmax(0, rows, 0, key, z, v0, v1, keep);
-      const int64_t first = whole_rows<kWord>(a, z).begin, last = whole_rows<kWord>(a, z).end;
-      pack_values<kWord>(a_.kv_dtype, v_, key, key + a, key + z, a_.dim, values_, plan_.padded);
-      multiply(kWord,
-               {weights_ + first / kElements, values_, out_, key <= first_key ? nullptr : keep,
-                weights_row_, plan_.padded, plan_.padded, (last - first) / kElements},
-               rows, plan_.padded);
-    }
     for (int64_t r = 0; r < rows; ++r) finish(r, r);
   }
 
@@ -208,9 +170,11 @@ class ForwardTask {
       softmax(0, rows, 0, key, z, v0, v1, keep);
       if (key <= first_key) __builtin_memset(out_, 0, kRows * plan_.padded * sizeof(float));
       const T* const* values = at + n - v0 * kLanes;
+      // Twice as many sums at work where the halves of words have their own.
+      constexpr int kVecs = kWord == Word::kMatrix && kRows > 2 ? kTileVecs / 2 : kTileVecs;
       int64_t d = 0;
-      for (; a_.dim - d >= kTileVecs * kLanes; d += kTileVecs * kLanes)
-        multiply_values<kRows, kTileVecs>(values, a, z, d, keep);
+      for (; a_.dim - d >= kVecs * kLanes; d += kVecs * kLanes)
+        multiply_values<kRows, kVecs>(values, a, z, d, keep);
       for (; d < a_.dim; d += kLanes) multiply_values<kRows, 1>(values, a, z, d, keep);
     }
   }
@@ -222,15 +186,33 @@ class ForwardTask {
     int64_t row = 0;
     const T* rows[kLanes];
     for (int i = 0; i < kLanes; ++i) rows[i] = from[i];
-    for (int64_t begin = 0; begin < words_; begin += kDepth) {
+    const int64_t depth = kWord == Word::kMatrix ? words_ : kDepth;
+    for (int64_t begin = 0; begin < words_; begin += depth) {
       Vec chain[kRows];
       for (int m = 0; m < kRows; ++m) chain[m] = broadcast(0.0f);
-      for (int64_t word = begin; word < smaller(words_, begin + kDepth); word += kLanes) {
+      for (int64_t word = begin; word < smaller(words_, begin + depth); word += kLanes) {
         Vec columns[kLanes];
         load_columns<kWord != Word::kFloat>(rows, kLanes, word * kElements, a_.dim, columns);
         for (int64_t row_end = row + rows_per_step; row < row_end; ++row)
           for (int64_t d = 0; d < a_.dim; d += 64 / sizeof(T))
             __builtin_prefetch(from[row + kAhead] + d, 0, 2);
+        if constexpr (kWord == Word::kMatrix) {
+          Vec early[kRows], late[kRows];
+          for (int m = 0; m < kRows; ++m) early[m] = late[m] = broadcast(0.0f);
+          const float* halves = columns_ + word;
+#pragma GCC unroll 16
+          for (int i = 0; i < kLanes; ++i) {
+            const Vec x = early_halves(columns[i]), y = late_halves(columns[i]);
+#pragma GCC unroll 8
+            for (int m = 0; m < kRows; ++m) {
+              const float* q = halves + m * q_row_ + i;
+              early[m] = fma(broadcast(*q), x, early[m]);
+              late[m] = fma(broadcast(q[kMostUnpacked * q_row_]), y, late[m]);
+            }
+          }
+          for (int m = 0; m < kRows; ++m) chain[m] = chain[m] + (early[m] + late[m]);
+          continue;
+        }
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i)
           if (word + i < words_)
@@ -248,6 +230,7 @@ class ForwardTask {
   template <int kRows, int kVecs, class T>
   IC_INLINE void multiply_values(const T* const* from, int64_t a, int64_t z, int64_t d,
                                  const float* keep) {
+    if constexpr (kWord == Word::kMatrix) return multiply_groups<kRows, kVecs>(from, a, z, d, keep);
     const int64_t ld = weights_row_;
     Vec sum[kRows][kVecs];
 #pragma GCC unroll 8
@@ -285,6 +268,55 @@ class ForwardTask {
         float* to = out_ + m * plan_.padded + d + j * kLanes;
         store(to, fma(load(to), broadcast(keep[m]), sum[m][j]));
       }
+  }
+
+  // The same for groups of 32 keys, in the order of the matrix unit.
+  template <int kRows, int kVecs>
+  IC_INLINE void multiply_groups(const BFloat16* const* from, int64_t a, int64_t z, int64_t d,
+                                 const float* keep) {
+    constexpr int64_t kGroup = kRowsAtOnce<kWord>;
+    const BFloat16 zeros[kVecs * kLanes] = {};
+    Vec sum[kRows][kVecs];
+    for (int m = 0; m < kRows; ++m)
+      for (int j = 0; j < kVecs; ++j)
+        sum[m][j] = load(out_ + m * plan_.padded + d + j * kLanes) * broadcast(keep[m]);
+    for (int64_t first = a / kGroup * kGroup; first < z; first += kGroup) {
+      Vec early[kRows][kVecs], late[kRows][kVecs];
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 8
+        for (int j = 0; j < kVecs; ++j) early[m][j] = late[m][j] = broadcast(0.0f);
+      for (int64_t key = larger(first, a & ~1); key < smaller(z, first + kGroup); key += 2) {
+        const BFloat16* x = key < a ? zeros : from[key] + d;
+        const BFloat16* y = key + 1 < z ? from[key + 1] + d : zeros;
+        Vec xs[kVecs], ys[kVecs];
+#pragma GCC unroll 8
+        for (int j = 0; j < kVecs; ++j) {
+          const int64_t n = kVecs > 1 ? kLanes : a_.dim - d;
+          xs[j] = load_words<false>(x + j * kLanes, n);
+          ys[j] = load_words<false>(y + j * kLanes, n);
+        }
+        for (int e = 0; e < 2; ++e)
+          for (int j = 0; j < kVecs; j += 2)
+            __builtin_prefetch(from[key + e + kAhead] + d + j * kLanes, 0, 2);
+#pragma GCC unroll 8
+        for (int m = 0; m < kRows; ++m) {
+          int32_t word;
+          __builtin_memcpy(&word, weights_ + m * weights_row_ + key / 2, sizeof word);
+          const Vec both = from_bits(broadcast_int(word));
+          const Vec p = early_halves(both), q = late_halves(both);
+#pragma GCC unroll 8
+          for (int j = 0; j < kVecs; ++j) {
+            early[m][j] = fma(p, xs[j], early[m][j]);
+            late[m][j] = fma(q, ys[j], late[m][j]);
+          }
+        }
+      }
+      for (int m = 0; m < kRows; ++m)
+        for (int j = 0; j < kVecs; ++j) sum[m][j] = sum[m][j] + (early[m][j] + late[m][j]);
+    }
+    for (int m = 0; m < kRows; ++m)
+      for (int j = 0; j < kVecs; ++j) store(out_ + m * plan_.padded + d + j * kLanes, sum[m][j]);
   }
 
   void pack(int64_t begin, int64_t end) {

@@ -65,14 +65,23 @@ IC_INLINE void store_sums(const LinearArgs& g, int64_t row, int64_t column, int6
       with_rows(bias, 0, column + j,
                 [&](auto from) { more[j / kLanes] = load_words<false>(from.first, n - j); });
   }
+  const auto sum = [&](int64_t i, int64_t j) __attribute__((always_inline)) {
+    const Vec x = load(sums + i * ld + j);
+    return g.bias ? x + more[j / kLanes] : x;
+  };
   with_rows(g.c, row, column, [&](auto to) {
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < n; j += kLanes) {
-        Vec x = load(sums + i * ld + j);
-        if (g.bias) x = x + more[j / kLanes];
-        if (g.accumulate) x = load_words<false>(to(i) + j, n - j) + x;
-        store_some(to(i) + j, x, n - j);
+    for (int64_t i = 0; i < rows; ++i) {
+      int64_t j = 0;
+      if constexpr (sizeof *to.first == sizeof(BFloat16))
+        if (g.c.dtype == Dtype::kBFloat16 && has_matrix_unit())
+          for (; n - j >= 2 * kLanes; j += 2 * kLanes)
+            store_neighbours<Word::kMatrix>(reinterpret_cast<float*>(to(i) + j), sum(i, j),
+                                            sum(i, j + kLanes));
+      for (; j < n; j += kLanes) {
+        const Vec x = sum(i, j);
+        store_some(to(i) + j, g.accumulate ? load_words<false>(to(i) + j, n - j) + x : x, n - j);
       }
+    }
   });
 }
 
@@ -207,6 +216,7 @@ class Task {
     } else {
       tile.lda = g_.a.row / kElements;
       a = static_cast<const float*>(g_.a.data) + m * tile.lda + word;
+      if (matrix) fetch(a + plan_.tile * tile.lda, tile.lda, end_row_ - m - plan_.tile);
     }
     for (int64_t j = column_; j < end_column_; j += kPanel, b += words_ * kPanel) {
       const int64_t n = smaller(kPanel, end_column_ - j);
@@ -225,6 +235,12 @@ class Task {
       }
       if (last) store_sums(g_, m, j, rows, n, tile.c, tile.ldc);
     }
+  }
+
+  // The next tile's rows, at most `rows`, on their way to L2.
+  void fetch(const float* a, int64_t lda, int64_t rows) const {
+    for (int64_t i = 0; i < smaller(rows, plan_.tile); ++i)
+      for (int64_t k = 0; k < words_; k += kLanes) __builtin_prefetch(a + i * lda + k, 0, 2);
   }
 
   void pack_rows_of_a(int64_t m, int64_t rows, int64_t word, int64_t lda) {

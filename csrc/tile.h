@@ -147,6 +147,34 @@ IC_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
   return c;
 }
 
+// ---- sums become words ----
+
+// Bits of bfloat16 in the high halves.
+IC_INLINE VecInt round_to_high_half(Vec x) {
+  const VecInt b = bits(x), odd = shift_right(b, 16) & broadcast_int(1);
+  const VecInt rounded = b + odd + broadcast_int(0x7fff);
+  return select(x == x, rounded, b | broadcast_int(0x400000));
+}
+
+// The machine has instructions for pairs of bfloat16.
+template <Word kWord>
+constexpr bool kNativePairs = kWord == Word::kPair || kWord == Word::kMatrix;
+
+// 32 neighbours along the sum as 16 words.
+template <Word kWord>
+IC_INLINE void store_neighbours(float* to, Vec first, Vec second) {
+  if constexpr (kNativePairs<kWord>) {
+#if defined(__AVX512F__)
+    NativeFloat words;
+    asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(words) : "v"(second.part[0]), "v"(first.part[0]));
+    __builtin_memcpy(to, &words, sizeof words);
+#endif
+  } else {
+    store(reinterpret_cast<BFloat16*>(to), first);
+    store(reinterpret_cast<BFloat16*>(to) + kLanes, second);
+  }
+}
+
 // ---- packing: rows of a tensor become words, padded with 0 ----
 
 // Word i is (early[i], late[i]); from n on 0.

@@ -113,6 +113,7 @@ template <int kHalves, int kColumns>
 IC_INLINE void add_groups(const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
                           int64_t ldc, int64_t groups, bool fresh) {
   const int64_t half = kLanes * lda;
+  const float* next_columns = b + kColumns * kLanes;
   if (fresh) {
     amx::zero<0>();
     if constexpr (kColumns > 1) amx::zero<1>();
@@ -125,8 +126,8 @@ IC_INLINE void add_groups(const float* a, int64_t lda, const float* b, int64_t l
     if constexpr (kHalves > 1 && kColumns > 1) amx::load<3>(c + kLanes * ldc + kLanes, ldc);
   }
   for (int64_t i = 0; i < groups; ++i, a += kLanes, b += kLanes * ldb) {
-    // To L1, while this group is multiplied.
-    const float* next = b + kLanes * ldb;
+    // What comes next goes to L1 while this group is multiplied.
+    const float* next = i + 1 < groups ? b + kLanes * ldb : next_columns;
 #pragma GCC unroll 1
     for (int r = 0; r < kLanes; ++r, next += ldb) {
       __builtin_prefetch(next);
