@@ -165,8 +165,9 @@ def linear(
     one chain in its order, whose sums are added in theirs: a row's bits depend on that row, weight
     and bias alone, not on the other rows, their number, threads or strides, and gradients are the
     same bits for any number of threads. bfloat16 is multiplied in pairs, as the instruction of
-    AVX-512 BF16 does, with the same bits where the machine lacks it, denormals aside. float16 costs
-    what float32 does. On CUDA all this is torch's own `linear`, in float32 for
+    AVX-512 BF16 does, with the same bits where the machine lacks it, denormals aside; but where it
+    has a matrix unit (Intel AMX), in one chain of groups of 32 terms. float16 costs what float32
+    does. On CUDA all this is torch's own `linear`, in float32 for
     out_dtype=torch.float32.
 
     Source: the order of sums that no batch changes: He 2025, "Defeating nondeterminism in LLM
