@@ -332,6 +332,7 @@ class ForwardTask {
       float* to = q_ + (r - begin) * q_row_;
       if (kWord != Word::kFloat) {
         store_row(a_.dtype, turned, a_.dim, 1.0f, reinterpret_cast<char*>(to));
+        for (int64_t i = words_; i < q_row_; ++i) to[i] = 0.0f;
       } else {
         round_to(a_.dtype, turned, a_.dim);
         __builtin_memcpy(to, turned, a_.dim * sizeof(float));
