@@ -48,6 +48,11 @@ FOREIGN = {
         "trl.trainer.utils.selective_log_softmax_and_entropy": (
             "logits, index, entropy_requires_grad=True, temperature=1.0, row_mask=None"
         ),
+        "trl.kernels.chunked_logprob.ChunkedLogProbFunction": (
+            "hidden, weight, bias, targets, temperature, chunk_size, "
+            "final_logit_softcapping=None, logit_scale=1.0, "
+            "outputs=('entropy', 'log_sum_sq_probs', 'mean_logits', 'is_top1')"
+        ),
     },
     verl: {
         "verl.utils.torch_functional.logprobs_from_logits": "logits, labels, inplace_backward=True",
@@ -82,15 +87,18 @@ def short(x) -> str:
 @pytest.mark.parametrize(("adapter", "path"), PATHS, ids=short)
 def test_same_signature(adapter, path):
     ours = getattr(adapter, short(path))
+    autograd = path.endswith("Function")  # called by its `apply`
+    ours = ours.apply if autograd else ours
     assert str(inspect.signature(ours)) == f"({FOREIGN[adapter][path]})"
     if importlib.util.find_spec(path.partition(".")[0]) is None:
         return  # theirs is not here to be asked
     theirs = getattr(importlib.import_module(path.rpartition(".")[0]), short(path))
+    theirs = theirs.forward if autograd else theirs
     plain = [
         [(p.name, p.default) for p in inspect.signature(f).parameters.values()]
         for f in (ours, theirs)
     ]
-    assert plain[0] == plain[1]
+    assert plain[0] == plain[1][autograd:]  # whose forward takes ctx before them
 
 
 @pytest.mark.parametrize("adapter", FOREIGN, ids=short)
@@ -362,6 +370,59 @@ def test_trl_mask_and_gradient():
         trl.selective_log_softmax(logits, index, 0.0)
     with pytest.raises(ValueError, match=r"index must be .*2, 7.*, got .*7, 2"):
         trl.selective_log_softmax(logits, index.T)
+
+
+def test_trl_head():
+    hidden, weight, bias = torch.randn(9, 16), torch.randn(33, 16), torch.randn(33)
+    targets = torch.randint(33, (9,))
+    apply = trl.ChunkedLogProbFunction.apply
+    compare(
+        lambda h, w, b: apply(h, w, b, targets.int(), 1.4, 8, None, 2.0, ("entropy",))[:2],
+        lambda h, w, b: logprobs_and_entropy(h @ w.T + b, targets, 0.7),
+        *(hidden, weight, bias),
+    )
+    logprobs, *rest = apply(hidden, weight, None, targets, 1.0, 8, outputs=())
+    assert rest == [None] * 4
+    top1 = apply(hidden, weight, None, targets, 1.0, 8, outputs=("is_top1",))[4]
+    assert torch.equal(top1, (hidden @ weight.T).argmax(1) == targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = apply(hidden, weight, None, targets, 1.0, 8, outputs=())[0]
+    assert_same_bits(low, apply(hidden.bfloat16(), weight, None, targets, 1.0, 8, outputs=())[0])
+    wide = apply(hidden, weight.bfloat16(), None, targets, 1.0, 8, outputs=())[0]
+    assert_same_bits(
+        wide, apply(hidden, weight.bfloat16().float(), None, targets, 1.0, 8, outputs=())[0]
+    )
+    for wrong, given in {
+        "outputs must be left out.*got log_sum_sq_probs, mean_logits": {},
+        "final_logit_softcapping must be None, got 30.0": {"final_logit_softcapping": 30.0},
+        "logit_scale must be above 0, got 0.0": {"logit_scale": 0.0},
+    }.items():
+        with pytest.raises(NotImplementedError, match=wrong):
+            apply(hidden, weight, None, targets, 1.0, 8, **given)
+
+
+def test_trl_head_is_theirs():
+    """Through the model of their trainers, theirs replaced by ours, padding included."""
+    utils = pytest.importorskip("trl.trainer.utils", reason="trl is not installed")
+    if not hasattr(utils, "add_fused_lm_head"):
+        pytest.skip("trl is older than 1.16")
+    models = [make("llama", "sdpa") for _ in range(2)]
+    padded = inputs("padded")
+    found = []
+    for ours, model in zip((False, True), models, strict=True):
+        utils.add_fused_lm_head(model, 0.7, outputs=("log_probs", "entropy", "is_top1"))
+        if ours:
+            assert any("ChunkedLogProbFunction" in line for line in trl.use())
+        try:
+            out = model(**padded, fused_lm_head=True)
+        finally:
+            if ours:
+                trl.restore()
+        (out.loss + out.entropy.mean()).backward()
+        grads = torch.cat([p.grad.flatten() for p in model.parameters()])
+        found.append((out.log_probs, out.entropy, out.is_top1, grads))
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_verl():

@@ -30,6 +30,20 @@ def test_finetune_llama(example, capsys):
     assert "attention sdpa -> instructcore" in printed and printed.count(" MiB") == 2
 
 
+@pytest.mark.parametrize("name", ["trl_sft", "trl_grpo"])
+def test_trl(example, name, capsys):
+    """4 steps of TRL's trainers: the same values but for rounding, which the weights accumulate."""
+    for library in ("trl", "datasets"):
+        pytest.importorskip(library, reason=f"{library} is not installed")
+    found = example(name).main(["--steps=4", "--length=16", "--threads=1"])
+    for value in {"loss", "reward", "entropy"} & set(found["with"]):
+        without, ours = (torch.tensor(found[x][value]) for x in ("without", "with"))
+        assert len(ours) >= 2  # GRPO tells the reward of each draw
+        torch.testing.assert_close(ours, without, rtol=1e-5, atol=1e-6)
+    printed = capsys.readouterr().out
+    assert "ChunkedLogProbFunction -> instructcore" in printed and printed.count(" MiB") == 2
+
+
 def test_ppo_cart_pole(example):
     """The pole falls after some twenty steps at first."""
     curve = example("ppo_cart_pole").main(15)

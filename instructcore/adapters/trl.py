@@ -1,13 +1,14 @@
-"""TRL (1.x): log-probabilities of chosen tokens, and entropies, from one read of the logits.
+"""TRL (1.x): log-probabilities of chosen tokens, and entropies, from one read of the logits; and
+the language-model head fused with them, through which the trainers of TRL 1.16 train.
 
 Results are float32, as those of TRL's own fused kernel.
 """
 
 import torch
 
-from instructcore.ops import TokenLogprobs, token_logprobs
+from instructcore.ops import TokenLogprobs, linear_token_logprobs, token_logprobs
 
-from . import replacing
+from . import refuse, replacing
 
 
 def rows(logits, index, temperature, row_mask, entropy) -> TokenLogprobs:
@@ -45,5 +46,35 @@ def selective_log_softmax_and_entropy(logits, index, entropy_requires_grad=True,
     return found.logprobs, found.entropy if entropy_requires_grad else found.entropy.detach()
 
 
+class ChunkedLogProbFunction:
+    """`apply` stands in for that of TRL's autograd function of this name."""
+
+    @staticmethod
+    def apply(hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping=None,
+              logit_scale=1.0,
+              outputs=("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")):  # fmt: skip
+        """hidden (N, C), weight (V, C), bias (V,), targets (N,) -> (log-probabilities, entropies,
+        None, None, whether the target is the argmax), None where `outputs` does not name it.
+        `chunk_size` changes nothing: `linear_token_logprobs` cuts as it does."""
+        op, must = "ChunkedLogProbFunction", "left out: no kernel has it"
+        refuse(op, final_logit_softcapping=(final_logit_softcapping, "None"))
+        refuse(op, logit_scale=(None if logit_scale > 0 else str(logit_scale), "above 0"))
+        extra = [name for name in ("log_sum_sq_probs", "mean_logits") if name in outputs]
+        refuse(op, outputs=(", ".join(extra) or None, must))
+        where = hidden.device.type
+        if torch.is_autocast_enabled(where):
+            hidden = hidden.to(torch.get_autocast_dtype(where))
+        if weight.dtype not in (hidden.dtype, torch.float32):
+            weight = weight.to(hidden.dtype)
+        how = {"temperature": temperature / logit_scale, "entropy": "entropy" in outputs}
+        found = linear_token_logprobs(hidden, weight, targets.long(), bias=bias, **how)
+        top1 = found.top1 if "is_top1" in outputs else None
+        return found.logprobs, found.entropy, None, None, top1
+
+
 _ours = (selective_log_softmax, entropy_from_logits, selective_log_softmax_and_entropy)
-use, restore = replacing({"trl.trainer.utils": _ours})
+_homes = {
+    "trl.trainer.utils": _ours,
+    "trl.kernels.chunked_logprob": (ChunkedLogProbFunction,),
+}
+use, restore = replacing(_homes)
