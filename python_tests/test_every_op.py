@@ -119,6 +119,11 @@ def ppo_advantage(device):
     return named, {"kl_coef": 0.1, "gamma": 1.0, "lambda_": 0.95, "whiten": False}
 
 
+def whiten_advantages(device):
+    named = {"advantages": torch.randn(B, T, device=device)}
+    return named | {"mask": torch.rand(B, T, device=device) < 0.8}, {"mean": 0.1, "var": 2.0}
+
+
 def ppo_loss(device):
     names = ("logprobs", "old_logprobs", "advantages", "values", "old_values", "returns")
     named = {"_" + name: torch.randn(B, T, device=device) for name in names}
@@ -142,7 +147,7 @@ CASES = {
     "token_logprobs": [token_logprobs, linear_token_logprobs],
     "gae": [gae],
     "linear": [linear],
-    "ppo_advantage": [ppo_advantage],
+    "ppo_advantage": [ppo_advantage, whiten_advantages],
     "ppo_loss": [ppo_loss],
     "rotary": [rotary],
     "sample": [sample],

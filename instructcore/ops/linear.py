@@ -167,20 +167,24 @@ def linear(
     same bits for any number of threads. bfloat16 is multiplied in pairs, as the instruction of
     AVX-512 BF16 does, with the same bits where the machine lacks it, denormals aside; but where it
     has a matrix unit (Intel AMX), in one chain of groups of 32 terms. float16 costs what float32
-    does. On CUDA all this is torch's own `linear`, in float32 for
-    out_dtype=torch.float32.
+    does. On CUDA all this is torch's own `linear`, in float32 for out_dtype=torch.float32. Under
+    autocast all arguments are cast to its dtype.
 
     Source: the order of sums that no batch changes: He 2025, "Defeating nondeterminism in LLM
     inference", Thinking Machines Lab.
     """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
     if out_dtype not in (None, torch.float32, x.dtype):
         raise TypeError(f"linear: out_dtype must be torch.float32 or x's type, got {out_dtype}")
     wide = out_dtype is not None
     if x.is_cuda:
-        inputs = (x, weight, bias)
-        if wide:
-            inputs = (None if t is None else t.to(out_dtype) for t in inputs)
-        return F.linear(*inputs)
+        if not wide:
+            return F.linear(x, weight, bias)
+        inputs = (None if t is None else t.to(out_dtype) for t in (x, weight, bias))
+        with torch.autocast("cuda", enabled=False):  # which would round the result
+            return F.linear(*inputs)
     wide = wide and out_dtype != x.dtype
     trained = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if trained and torch.is_grad_enabled():

@@ -101,7 +101,7 @@ def _allocate(
     check_dtype(op, torch.bool, mask=mask)
     check_shape(op, tuple(targets.shape), mask=mask)
     check_device(op, hidden, temperature=temperature, mask=mask)
-    n = len(targets)
+    n = targets.shape[0]  # len() would compile for this number alone
     return (
         hidden.new_empty((n,), dtype=torch.float32),
         hidden.new_empty((n if entropy else 0,), dtype=torch.float32),
@@ -248,10 +248,11 @@ class _LinearTokenLogprobs(torch.autograd.Function):
     @staticmethod
     @differentiable_once("linear_token_logprobs")
     def backward(ctx, grad_logprobs, grad_entropy, *_):
-        hidden, weight, _, bias, *_, entropy, _ = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: checkpoint gives them out once
+        hidden, weight, _, bias, *_, entropy, _ = saved
         needs = list(ctx.needs_input_grad[:3])
         grads = _linear_token_logprobs_backward(
-            *(grad_logprobs, grad_entropy if entropy.numel() else None, *ctx.saved_tensors),
+            *(grad_logprobs, grad_entropy if entropy.numel() else None, *saved),
             *(*ctx.settings, needs),
         )
         inputs = (hidden, weight, bias)
@@ -305,7 +306,8 @@ def linear_token_logprobs(
 
     Source: as `linear_cross_entropy` and `token_logprobs`.
     """
-    scale = temperature_tensor("linear_token_logprobs", temperature, len(targets), hidden.device)
+    rows, device = targets.shape[0], hidden.device
+    scale = temperature_tensor("linear_token_logprobs", temperature, rows, device)
     workspace = workspace_bytes(hidden, max_workspace_bytes)
     rest = (scale, mask, bool(entropy), int(ignore_index), workspace)
     trained = (
