@@ -1,4 +1,4 @@
-.PHONY: dev test full bench gpu-report clients docs lint format
+.PHONY: dev test full bench gpu-report clients docs wheel lint format
 
 dev:      # editable install with everything that development needs
 	pip install -e '.[dev,tensorboard]'
@@ -14,6 +14,8 @@ clients:  # the server, asked by the real OpenAI clients of four major versions 
 	python python_tests/clients.py
 docs:     # the site, into build/docs; needs pip install -e '.[docs]'
 	python -m mkdocs build
+wheel:    # for this Python, into dist; for every Python and both machines: cibuildwheel (docs/install.md)
+	pip wheel . --no-deps -w dist
 lint:
 	ruff check . && ruff format --check . && bash .ci/check_objects
 format:

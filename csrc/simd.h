@@ -7,6 +7,7 @@
 // ic::<level>.
 #pragma once
 
+#include <stddef.h>
 #include <stdint.h>
 
 #if defined(__x86_64__)
