@@ -149,7 +149,7 @@ constexpr AttentionPlan attention_plan(int64_t dim) {
   p.keys = 256;
   p.rows = p.padded <= 64 ? 768 : 49152 / p.padded / 48 * 48;
   p.back_rows = 96;
-  p.back_keys = p.padded <= 64 ? 256 : 16384 / p.padded / 32 * 32;
+  p.back_keys = p.padded <= 64 ? 256 : 16384 / p.padded / 64 * 64;  // whole panels
   // keys transposed, values; queries, outputs, row sums and maxima; a tile of logits and weights,
   // of 32 rows at most
   p.forward_floats = 2 * p.keys * p.padded + p.rows * (2 * p.padded + 16 + 1) + 32 * p.keys;

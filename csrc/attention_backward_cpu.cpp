@@ -19,10 +19,10 @@ template <Word kWord>
 class BackwardTask {
   // By the matrix unit, the gradients of keys and values are summed as columns: weights and dlogit
   // lie as an operand b, the rows as an operand a.
-  static constexpr bool kTurned = kWord == Word::kMatrix;
+  static constexpr bool kByColumns = kWord == Word::kMatrix;
   // Rows whose logits are formed together, and keys whose gradients are: an even number, whole
   // tiles of multiply.
-  static constexpr int64_t kGroup = kTurned ? kMatrixRows : 6;
+  static constexpr int64_t kGroup = kByColumns ? kMatrixRows : 6;
 
  public:
   BackwardTask(const AttentionBackwardArgs& args, const AttentionPlan& plan, const Sequence& s,
@@ -90,14 +90,14 @@ class BackwardTask {
     const Rows grad_k = key_rows(a_, b_.grad_k, s_, kv_head_);
     const Rows grad_v = key_rows(a_, b_.grad_v, s_, kv_head_);
     const float zeros[kAttentionMaxDim] = {};
-    float rows[2][kTurned ? kLanes * kAttentionMaxDim : 1];
+    float rows[2][kByColumns ? kLanes * kAttentionMaxDim : 1];
     for (int64_t j = 0; j < n_keys_; ++j) {
       const float *from_k = grad_k_ + j * plan_.padded, *from_v = grad_v_ + j * plan_.padded;
-      if constexpr (kTurned) {
+      if constexpr (kByColumns) {
         const int64_t i = j % kLanes;
         if (i == 0) {
-          turn(grad_k_ + j, rows[0]);
-          turn(grad_v_ + j, rows[1]);
+          columns_to_rows(grad_k_ + j, rows[0]);
+          columns_to_rows(grad_v_ + j, rows[1]);
         }
         from_k = rows[0] + i * plan_.padded;
         from_v = rows[1] + i * plan_.padded;
@@ -113,7 +113,7 @@ class BackwardTask {
   }
 
   // Sixteen columns, of a key each, become rows.
-  void turn(const float* from, float* to) const {
+  void columns_to_rows(const float* from, float* to) const {
     for (int64_t d = 0; d < plan_.padded; d += kLanes) {
       Vec tile[kLanes];
       for (int64_t i = 0; i < kLanes; ++i) tile[i] = load(from + (d + i) * plan_.back_keys);
@@ -142,8 +142,12 @@ class BackwardTask {
       logit_gradients(r, smaller(kGroup, here_.end - r), r - here_.begin);
     for (int64_t j = 0; j < n_keys_; j += kGroup) {
       const int64_t keys = smaller(kGroup, n_keys_ - j);
-      const auto add = [&](auto... args) {
-        kTurned ? add_to_columns(j, keys, args...) : add_to_keys(j, keys, args...);
+      const auto add = [&](const auto&... args) {
+        if constexpr (kByColumns) {
+          add_to_columns(j, keys, args...);
+        } else {
+          add_to_keys(j, keys, args...);
+        }
       };
       add(weights_, dout_rows_, dout_values_, dout_finite_, grad_v_);
       add(dlogit_, q_rows_, q_values_, q_finite_, grad_k_);
@@ -180,8 +184,8 @@ class BackwardTask {
     const auto pack = [&](const Rows& rows, float* a, float* b) {
       if (kWord != Word::kFloat)  // else a is b
         pack_queries<kWord>(a_.dtype, rows, here_.begin, n, a_.dim, a, q_row_);
-      if constexpr (kTurned) {
-        turn_rows(rows, here_, b);
+      if constexpr (kByColumns) {
+        rows_to_columns(rows, here_, b);
         return all_finite(a, n * q_row_);
       }
       return pack_values<kWord>(a_.dtype, rows, here_.begin, here_.begin, here_.end, a_.dim, b,
@@ -201,15 +205,15 @@ class BackwardTask {
   }
 
   // Rows of a block, 0 outside of `seen`, as columns of words.
-  void turn_rows(const Rows& rows, Span seen, float* to) const {
+  void rows_to_columns(const Rows& rows, Span seen, float* to) const {
     const BFloat16 zeros[kAttentionMaxDim] = {};
-    const auto row = [&](int64_t i) {
+    const auto row = [&](int64_t i) -> const BFloat16* {
       const bool inside = i >= seen.begin - here_.begin && i < seen.end - here_.begin;
-      return inside ? reinterpret_cast<const BFloat16*>(rows.at(here_.begin + i)) : zeros + 0;
+      return inside ? reinterpret_cast<const BFloat16*>(rows.at(here_.begin + i)) : zeros;
     };
-    pack_across(row, a_.dim, here_.size(), to, turned_row());
+    pack_across(row, a_.dim, here_.size(), to, column_words());
   }
-  int64_t turned_row() const { return words_of(kWord, plan_.back_rows); }
+  int64_t column_words() const { return words_of(kWord, plan_.back_rows); }
 
   static bool all_finite(const float* words, int64_t n) {
     Vec check = broadcast(0.0f);
@@ -309,7 +313,7 @@ class BackwardTask {
         }
       }
     }
-    if constexpr (kTurned)  // words that are multiplied with the last of the rows
+    if constexpr (kByColumns)  // words that are multiplied with the last of the rows
       for (int64_t m = round_up(rows, kElements); m < round_up(rows, kGroup); m += kElements)
         for (int64_t v = w0; v < w1; ++v) {
           store(weights_ + (i + m) / kElements * ld_ + v * kLanes, zero);
@@ -345,7 +349,7 @@ class BackwardTask {
   // The same with keys as columns, from a multiple of 32 on.
   void add_to_columns(int64_t j, int64_t keys, const float* weights, const Rows& source,
                       float* values, bool finite, float* to) {
-    const int64_t ldc = plan_.back_keys, lda = turned_row();
+    const int64_t ldc = plan_.back_keys, lda = column_words();
     const auto multiply_seen = [&](Span seen, float* c, int64_t ld, const float* keep,
                                    int64_t column, int64_t n) {
       const Span whole = whole_rows<kWord>(seen.begin - here_.begin, seen.end - here_.begin);
@@ -373,7 +377,7 @@ class BackwardTask {
     for (int64_t key = j; key < j + keys; ++key) {
       const Span seen = seen_rows(key, key);
       if (seen.size() == 0) continue;
-      turn_rows(source, seen, values);
+      rows_to_columns(source, seen, values);
       const int64_t column = key / kLanes * kLanes;
       for (int64_t d = 0; d < plan_.padded; ++d)
         store(sums + d * kLanes, load(to + d * ldc + column));
@@ -475,7 +479,7 @@ void attention_backward_cpu(const AttentionBackwardArgs& b) {
   Slot::clear(a.workspace, plan.backward_floats, a.threads);
   parallel_rows(tasks, grain_of(flops, tasks), a.threads, [&](int64_t begin, int64_t end) {
     Slot slot(a.workspace, plan.backward_floats, a.threads);
-    const MatrixUnit unit(word);
+    const MatrixUnit guard(word);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t unit = task % units, block = task / units;
       const Sequence s = attention_sequence(a, unit / a.kv_heads);

@@ -242,8 +242,8 @@ bool pack_values(Dtype dtype, const Rows& rows, int64_t base, int64_t begin, int
           }
         } else {
           const BFloat16 zeros[kAttentionMaxDim] = {};
-          const auto row = [&](int64_t i) __attribute__((always_inline)) {
-            if (i < begin || i >= end) return zeros + 0;
+          const auto row = [&](int64_t i) __attribute__((always_inline))->const BFloat16* {
+            if (i < begin || i >= end) return zeros;
             rows.prefetch_after(i, dim * sizeof *element);
             return reinterpret_cast<const BFloat16*>(rows.at(i));
           };
@@ -334,12 +334,10 @@ void dot_rows(const float* x, const float* y, int64_t n, int64_t ld, float* to) 
       transpose(a);
       transpose(b);
       if constexpr (kWord == Word::kMatrix) {
-        Vec early = broadcast(0.0f), late = early;
-        for (int64_t i = 0; i < kLanes; ++i) {
-          early = fma(early_halves(a[i]), early_halves(b[i]), early);
-          late = fma(late_halves(a[i]), late_halves(b[i]), late);
-        }
-        sum = sum + (early + late);
+        Halves group;
+        for (int64_t i = 0; i < kLanes; ++i)
+          group.add(early_halves(a[i]), early_halves(b[i]), late_halves(a[i]), late_halves(b[i]));
+        sum = sum + group.sum();
         continue;
       }
       for (int64_t i = 0; i < kLanes; ++i) chain = multiply_add<kWord>(a[i], b[i], chain);

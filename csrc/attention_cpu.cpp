@@ -197,8 +197,7 @@ class ForwardTask {
           for (int64_t d = 0; d < a_.dim; d += 64 / sizeof(T))
             __builtin_prefetch(from[row + kAhead] + d, 0, 2);
         if constexpr (kWord == Word::kMatrix) {
-          Vec early[kRows], late[kRows];
-          for (int m = 0; m < kRows; ++m) early[m] = late[m] = broadcast(0.0f);
+          Halves group[kRows];
           const float* halves = columns_ + word;
 #pragma GCC unroll 16
           for (int i = 0; i < kLanes; ++i) {
@@ -206,11 +205,10 @@ class ForwardTask {
 #pragma GCC unroll 8
             for (int m = 0; m < kRows; ++m) {
               const float* q = halves + m * q_row_ + i;
-              early[m] = fma(broadcast(*q), x, early[m]);
-              late[m] = fma(broadcast(q[kMostUnpacked * q_row_]), y, late[m]);
+              group[m].add(broadcast(*q), x, broadcast(q[kMostUnpacked * q_row_]), y);
             }
           }
-          for (int m = 0; m < kRows; ++m) chain[m] = chain[m] + (early[m] + late[m]);
+          for (int m = 0; m < kRows; ++m) chain[m] = chain[m] + group[m].sum();
           continue;
         }
 #pragma GCC unroll 16
@@ -281,11 +279,7 @@ class ForwardTask {
       for (int j = 0; j < kVecs; ++j)
         sum[m][j] = load(out_ + m * plan_.padded + d + j * kLanes) * broadcast(keep[m]);
     for (int64_t first = a / kGroup * kGroup; first < z; first += kGroup) {
-      Vec early[kRows][kVecs], late[kRows][kVecs];
-#pragma GCC unroll 8
-      for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 8
-        for (int j = 0; j < kVecs; ++j) early[m][j] = late[m][j] = broadcast(0.0f);
+      Halves group[kRows][kVecs];
       for (int64_t key = larger(first, a & ~1); key < smaller(z, first + kGroup); key += 2) {
         const BFloat16* x = key < a ? zeros : from[key] + d;
         const BFloat16* y = key + 1 < z ? from[key + 1] + d : zeros;
@@ -306,14 +300,11 @@ class ForwardTask {
           const Vec both = from_bits(broadcast_int(word));
           const Vec p = early_halves(both), q = late_halves(both);
 #pragma GCC unroll 8
-          for (int j = 0; j < kVecs; ++j) {
-            early[m][j] = fma(p, xs[j], early[m][j]);
-            late[m][j] = fma(q, ys[j], late[m][j]);
-          }
+          for (int j = 0; j < kVecs; ++j) group[m][j].add(p, xs[j], q, ys[j]);
         }
       }
       for (int m = 0; m < kRows; ++m)
-        for (int j = 0; j < kVecs; ++j) sum[m][j] = sum[m][j] + (early[m][j] + late[m][j]);
+        for (int j = 0; j < kVecs; ++j) sum[m][j] = sum[m][j] + group[m][j].sum();
     }
     for (int m = 0; m < kRows; ++m)
       for (int j = 0; j < kVecs; ++j) store(out_ + m * plan_.padded + d + j * kLanes, sum[m][j]);
@@ -521,7 +512,7 @@ void attention_cpu(const AttentionArgs& a) {
   // Last rows first: they see the most keys, and no long task is left for the end.
   parallel_rows(tasks, grain_of(flops, tasks), a.threads, [&](int64_t begin, int64_t end) {
     Slot slot(a.workspace, plan.forward_floats, a.threads);
-    const MatrixUnit unit(word);
+    const MatrixUnit guard(word);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t unit = task % units, first = (blocks - 1 - task / units) * block;
       const Sequence s = attention_sequence(a, unit / a.kv_heads);

@@ -21,7 +21,7 @@ enum class Isa : int {
 #undef IC_LEVEL
 };
 
-Isa best_isa();             // what this machine runs
+Isa best_isa();             // what this machine runs; asks the kernel for the matrix unit
 Isa current_isa();          // what the kernels use: best_isa() unless set
 void set_isa(Isa);          // for tests; throws where the machine lacks it
 const char* isa_name(Isa);  // "x86_64_v4"

@@ -40,7 +40,7 @@ struct LinearArgs {
   int64_t rows, columns, depth;  // of c, and of the sums
   const void* bias;              // (columns,); null: 0
   Dtype bias_dtype;
-  bool accumulate;  // c, which is float32, is the sum so far
+  bool accumulate;  // c, which is float32, has the sum added to it
   int threads;
 };
 

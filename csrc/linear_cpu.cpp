@@ -8,7 +8,7 @@
 //
 // With up to kStreamRows rows, as in generating, reading b is all the work: a task turns 16 x 16
 // words of b around in registers and multiplies them there. The matrix unit takes rows of b as they
-// lie in memory if c is formed by columns: so it does up to kTurnedRows rows.
+// lie in memory if c is formed by columns: so it does up to kByColumns rows.
 #include "linear.h"
 #include "parallel.h"
 #include "tile.h"
@@ -54,9 +54,10 @@ IC_INLINE void store_some(T* to, Vec x, int64_t n) {
 }
 
 // c[row + i][column + j] = round(sums[i][j] + bias[column + j]), rows x n of them, n at most a
-// panel; added to what is there if the arguments say so.
-IC_INLINE void store_sums(const LinearArgs& g, int64_t row, int64_t column, int64_t rows, int64_t n,
-                          const float* sums, int64_t ld) {
+// panel; added to what is there if the arguments say so. Sums of kMatrix are rounded by the
+// machine's instruction, which takes denormals for 0 as the unit does.
+IC_INLINE void store_sums(const LinearArgs& g, [[maybe_unused]] Word word, int64_t row,
+                          int64_t column, int64_t rows, int64_t n, const float* sums, int64_t ld) {
   const LinearMatrix bias{const_cast<void*>(g.bias), 0, g.bias_dtype};
   Vec more[kPanel / kLanes];
   for (int64_t j = 0; j < n; j += kLanes) {
@@ -70,18 +71,27 @@ IC_INLINE void store_sums(const LinearArgs& g, int64_t row, int64_t column, int6
     return g.bias ? x + more[j / kLanes] : x;
   };
   with_rows(g.c, row, column, [&](auto to) {
-    for (int64_t i = 0; i < rows; ++i) {
-      int64_t j = 0;
-      if constexpr (sizeof *to.first == sizeof(BFloat16))
-        if (g.c.dtype == Dtype::kBFloat16 && has_matrix_unit())
-          for (; n - j >= 2 * kLanes; j += 2 * kLanes)
-            store_neighbours<Word::kMatrix>(reinterpret_cast<float*>(to(i) + j), sum(i, j),
-                                            sum(i, j + kLanes));
-      for (; j < n; j += kLanes) {
+#if defined(__AVX512F__)
+    if constexpr (__is_same(decltype(to), Rows<BFloat16>)) {
+      if (word == Word::kMatrix) {
+        for (int64_t i = 0; i < rows; ++i)
+          for (int64_t j = 0; j < n; j += 2 * kLanes) {
+            const int64_t left = smaller(2 * kLanes, n - j);
+            float words[kLanes];
+            float* at = left < 2 * kLanes ? words : reinterpret_cast<float*>(to(i) + j);
+            const Vec later = left > kLanes ? sum(i, j + kLanes) : broadcast(0.0f);
+            store_neighbours<Word::kMatrix>(at, sum(i, j), later);
+            if (at == words) __builtin_memcpy(to(i) + j, words, left * sizeof(BFloat16));
+          }
+        return;
+      }
+    }
+#endif
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < n; j += kLanes) {
         const Vec x = sum(i, j);
         store_some(to(i) + j, g.accumulate ? load_words<false>(to(i) + j, n - j) + x : x, n - j);
       }
-    }
   });
 }
 
@@ -102,7 +112,7 @@ struct Plan {
     if (by_columns) return round_up(rows, kLanes) * lda();
     return packed ? tile * lda() : 0;
   }
-  // Words between rows of a that are packed: no power of two.
+  // Words between rows of a that are packed: seldom a power of two.
   int64_t lda() const { return round_up(chunk, kLanes) + kLanes; }
   int64_t sum_floats() const { return whole() ? tile * kPanel : rows * panels * kPanel; }
 };
@@ -233,7 +243,7 @@ class Task {
           multiply(plan_.word, tile, rows, round_up(n, kLanes));
         }
       }
-      if (last) store_sums(g_, m, j, rows, n, tile.c, tile.ldc);
+      if (last) store_sums(g_, plan_.word, m, j, rows, n, tile.c, tile.ldc);
     }
   }
 
@@ -260,7 +270,7 @@ template <bool kPairs>
 void run_tasks(const LinearArgs& g, const Plan& plan) {
   const int64_t tasks = plan.row_tasks * plan.panel_tasks;
   parallel_rows(tasks, grain_of(g, tasks), g.threads, [&](int64_t begin, int64_t end) {
-    const MatrixUnit unit(plan.word);
+    const MatrixUnit guard(plan.word);
     Task<kPairs> task(g, plan);
     for (int64_t i = begin; i < end; ++i) task.run(i / plan.panel_tasks, i % plan.panel_tasks);
   });
@@ -305,7 +315,7 @@ void stream_columns(const LinearArgs& g, const float* a, int64_t lda, Rows<T> b,
   for (int m = 0; m < kRows; ++m) {
     float row[kLanes];
     store(row, sum[m]);
-    store_sums(g, m, column, 1, n, row, kLanes);
+    store_sums(g, kWord, m, column, 1, n, row, kLanes);
   }
 }
 
@@ -347,18 +357,18 @@ void stream(const LinearArgs& g, const Plan& plan) {
 // ---- rows by the matrix unit, c by columns: forward only ----
 
 #if defined(__AVX512F__)
-constexpr int64_t kTurnedRows = kPanel;
+constexpr int64_t kByColumns = kPanel;
 
 // Whether rows of b are words as they lie in memory.
-bool turnable(const LinearArgs& g) { return g.depth % 2 == 0 && g.b.row % 2 == 0; }
+bool rows_are_words(const LinearArgs& g) { return g.depth % 2 == 0 && g.b.row % 2 == 0; }
 
 // 32 columns of c are a tile of rows of b, times the rows of a as columns.
-void turn(const LinearArgs& g, const Plan& plan) {
+void multiply_by_columns(const LinearArgs& g, const Plan& plan) {
   float* a = scratch(plan.words * kPanel);
   with_rows<true>(g.a, 0, 0, [&](auto rows) { pack_columns<true>(rows, g.rows, g.depth, a); });
   const int64_t tasks = ceil_div(g.columns, kMatrixRows), lda = g.b.row / 2;
   parallel_rows(tasks, grain_of(g, tasks), g.threads, [&](int64_t begin, int64_t end) {
-    const MatrixUnit unit(plan.word);
+    const MatrixUnit guard(plan.word);
     float sums[kMatrixRows * kPanel];
     for (int64_t column = begin * kMatrixRows; column < smaller(g.columns, end * kMatrixRows);
          column += kMatrixRows) {
@@ -374,8 +384,8 @@ void turn(const LinearArgs& g, const Plan& plan) {
           transpose(tile);
           float rows[kLanes * kLanes];
           for (int64_t i = 0; i < kLanes; ++i) store(rows + i * kLanes, tile[i]);
-          store_sums(g, m, column + j, smaller(kLanes, g.rows - m), smaller(kLanes, n - j), rows,
-                     kLanes);
+          store_sums(g, plan.word, m, column + j, smaller(kLanes, g.rows - m),
+                     smaller(kLanes, n - j), rows, kLanes);
         }
     }
   });
@@ -414,8 +424,8 @@ void linear_cpu(const LinearArgs& g) {
   const Plan plan = plan_of(g);
   const bool pairs = plan.word != Word::kFloat, forward = g.form == LinearForm::kForward;
 #if defined(__AVX512F__)
-  if (plan.word == Word::kMatrix && forward && g.rows <= kTurnedRows && turnable(g))
-    return turn(g, plan);
+  if (plan.word == Word::kMatrix && forward && g.rows <= kByColumns && rows_are_words(g))
+    return multiply_by_columns(g, plan);
 #endif
   if (plan.word != Word::kMatrix && forward && g.rows <= kStreamRows)
     return pairs ? stream<true>(g, plan) : stream<false>(g, plan);

@@ -9,7 +9,7 @@
 // b once, and one word of a for each row.
 //
 // Where the machine multiplies matrices itself, the same operands go to its registers of 16 x 16
-// words, and a sum is one chain over groups of sixteen words.
+// words, and a sum is one chain over groups of sixteen words, which begins with keep[m] c[m][j].
 #pragma once
 
 #include "isa.h"
@@ -21,7 +21,7 @@ namespace ic::IC_ISA {
 // whether there is one), kSplit does the same in two fused multiply-adds, the later element first:
 // the instruction's own order, and its bits as long as no operand and no sum is denormal. kMatrix
 // are pairs in groups of sixteen, as the matrix unit multiplies them (amx.h): the chains of a
-// group's earlier and of its later elements are added up, and that to the sum.
+// group's earlier and of its later elements are added up (Halves), and that to the sum.
 enum class Word : int { kFloat, kPair, kSplit, kMatrix };
 
 // Elements in a word, along the sum.
@@ -48,10 +48,9 @@ inline constexpr int kTileRows = 6, kTileVecs = 4;
 inline constexpr int kTileRows = 6, kTileVecs = 1;
 #endif
 
-// Rows of a tile at most, and of any.
+// Rows of a tile at most.
 inline constexpr int64_t kMatrixRows = 32;
 constexpr int64_t tile_rows(Word word) { return word == Word::kMatrix ? kMatrixRows : kTileRows; }
-inline constexpr int64_t kMostRows = kMatrixRows;
 
 // Strides and depth in words.
 struct Tile {
@@ -146,6 +145,18 @@ IC_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
     c.part[p] = multiply_add<kWord>((NativeInt)a.part[p], (NativeInt)b.part[p], c.part[p]);
   return c;
 }
+
+// A group's part of a sum of kMatrix, by vectors; the unit's own bits, denormals aside, which it
+// takes for 0.
+struct Halves {
+  Vec early = broadcast(0.0f), late = broadcast(0.0f);
+
+  IC_INLINE void add(Vec a_early, Vec b_early, Vec a_late, Vec b_late) {
+    early = fma(a_early, b_early, early);
+    late = fma(a_late, b_late, late);
+  }
+  IC_INLINE Vec sum() const { return early + late; }
+};
 
 // ---- sums become words ----
 

@@ -1,4 +1,5 @@
-// The register-blocked products of tile.h, one function for each word, layout and size of tile.
+// The register-blocked products of tile.h, one function for each word, layout and size of tile; and
+// those by the matrix unit.
 #include "tile.h"
 
 #if defined(__AVX512F__)
@@ -84,14 +85,14 @@ namespace {
 //
 // Registers 0 to 3 hold sums, 4 and 5 a's rows, 6 and 7 b's columns: 32 x 32 sums and a load for
 // each product, the fewest that there can be. b comes from L2: fetched a group ahead, the products
-// go at 1.85 TFLOP/s of the unit's 2.85 (an Emerald Rapids core), at 1.0 without.
+// go at 1.9 TFLOP/s of the unit's 2.85 (an Emerald Rapids core, zeros), at 1.0 without.
 
 // Rows of the two halves of a tile and words of a group that the registers have; 0: none yet.
 struct MatrixState {
   int8_t upper = 0, lower = 0, words = 0;
   bool operator==(const MatrixState&) const = default;
 };
-thread_local MatrixState matrix_state __attribute__((tls_model("initial-exec")));
+thread_local MatrixState matrix_state;
 
 void set_shapes(int64_t upper, int64_t lower, int64_t words) {
   const MatrixState wanted{static_cast<int8_t>(upper), static_cast<int8_t>(lower),

@@ -18,6 +18,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from datasets import Dataset, disable_progress_bars
@@ -90,7 +91,8 @@ def train(args: argparse.Namespace, make: Callable, compared: Sequence[str]) -> 
         ours.restore(model)
         ours_in_trl.restore()
     # Not getrusage's, which of a process just started may still be its parent's.
-    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    status = dict(line.split(":", 1) for line in lines)
     return {
         "replaced": replaced,
         "seconds": (clock.ends[-1] - clock.ends[0]) / (len(clock.ends) - 1),

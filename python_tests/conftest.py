@@ -118,13 +118,18 @@ def dtype(request) -> torch.dtype:
     return DTYPES[request.param]
 
 
+@pytest.fixture(autouse=True)
+def best_isa():
+    """No test leaves another instruction set behind."""
+    yield
+    _C.set_isa(_C.build_info()["isa_supported"])
+
+
 @pytest.fixture(params=_C.isa_levels())
 def isa(request):
     """Runs the test at every instruction set that this machine has."""
-    best = _C.build_info()["isa"]
     _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(best)
+    return request.param
 
 
 @pytest.fixture

@@ -138,6 +138,21 @@ def test_levels_with_an_fma_have_the_same_bits(shape, dtype):
             assert_same_bits(a, b)
 
 
+@pytest.mark.skipif("x86_64_amx" not in _C.isa_levels(), reason="no matrix unit")
+def test_the_matrix_unit_sums_groups_of_32():
+    x, weight, _ = inputs((5, 40, 74), torch.bfloat16)  # two groups and a part of one
+    total = torch.zeros(5, 40)
+    for first in range(0, 74, 32):
+        halves = []
+        for start in (first, first + 1):  # even elements, odd elements: a fused chain each
+            chain = torch.zeros(5, 40)
+            for k in range(start, min(74, first + 32), 2):
+                chain = (x[:, k, None].double() * weight[:, k].double() + chain.double()).float()
+            halves.append(chain)
+        total = total + (halves[0] + halves[1])
+    assert_same_bits(linear(x, weight, out_dtype=torch.float32), total)
+
+
 def test_identities(dtype):
     x, weight, bias = inputs((9, 65, 130), dtype)
     y = linear(x, weight, bias)

@@ -6,6 +6,7 @@ argument asks for and no kernel does is an error that names it: nothing falls ba
 """
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable, Hashable
 
@@ -32,12 +33,13 @@ def undo(key: Hashable) -> None:
 
 def replacing(homes: dict[str, tuple[Callable, ...]]) -> tuple[Callable, Callable]:
     """(use, restore) of an adapter: for each module of theirs, ours for its functions of the same
-    names."""
+    names. Other versions of the library may lack all modules but the first."""
     library = next(iter(homes)).partition(".")[0]
 
     def change():
-        modules = {home: importlib.import_module(home) for home in homes}
-        pairs = [(getattr(modules[h], f.__name__), f) for h in homes for f in homes[h]]
+        first = next(iter(homes))
+        modules = {h: importlib.import_module(h) for h in homes if h == first or _exists(h)}
+        pairs = [(getattr(modules[h], f.__name__), f) for h in modules for f in homes[h]]
         lines = [f"{_swap(library, *pair)} -> {pair[1].__module__}" for pair in pairs]
         return lines, lambda: [_swap(library, ours, theirs) for theirs, ours in pairs]
 
@@ -51,6 +53,13 @@ def replacing(homes: dict[str, tuple[Callable, ...]]) -> tuple[Callable, Callabl
         undo(library)
 
     return use, restore
+
+
+def _exists(module: str) -> bool:
+    try:
+        return module in sys.modules or importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # nor does what it lies in
+        return False
 
 
 def _swap(library: str, old: object, new: object) -> str:

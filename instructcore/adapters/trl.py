@@ -72,9 +72,13 @@ class ChunkedLogProbFunction:
         return found.logprobs, found.entropy, None, None, top1
 
 
-_ours = (selective_log_softmax, entropy_from_logits, selective_log_softmax_and_entropy)
-_homes = {
-    "trl.trainer.utils": _ours,
-    "trl.kernels.chunked_logprob": (ChunkedLogProbFunction,),
-}
-use, restore = replacing(_homes)
+use, restore = replacing(
+    {
+        "trl.trainer.utils": (
+            selective_log_softmax,
+            entropy_from_logits,
+            selective_log_softmax_and_entropy,
+        ),
+        "trl.kernels.chunked_logprob": (ChunkedLogProbFunction,),  # from TRL 1.16 on
+    }
+)

@@ -22,6 +22,14 @@ except ImportError as error:
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What an op that takes part in autocast casts its arguments to; None: nothing."""
+    kind = x.device.type
+    if kind in ("cpu", "cuda") and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
 def register(
     name: str, schema: str, allocate: Callable, run: Callable, devices: tuple[str, ...] = ("cpu",)
 ) -> Callable:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ._common import (
     _C,
+    autocast_dtype,
     check_device,
     check_dtype,
     check_float,
@@ -417,8 +418,7 @@ def _float_sinks(op: str, sinks: Tensor | None) -> Tensor | None:
 
 
 def _dispatch(q, k, v, cu_q, cu_k, slopes, sinks, settings, return_lse):
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
+    if dtype := autocast_dtype(q):
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     sinks = _float_sinks("attention" if cu_q is None else "attention_varlen", sinks)
     if cu_k is cu_q:  # torch.compile takes no tensor twice

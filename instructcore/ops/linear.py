@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ._common import (
     _C,
+    autocast_dtype,
     check_device,
     check_dtype,
     check_float,
@@ -173,8 +174,7 @@ def linear(
     Source: the order of sums that no batch changes: He 2025, "Defeating nondeterminism in LLM
     inference", Thinking Machines Lab.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if dtype := autocast_dtype(x):
         x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
     if out_dtype not in (None, torch.float32, x.dtype):
         raise TypeError(f"linear: out_dtype must be torch.float32 or x's type, got {out_dtype}")
