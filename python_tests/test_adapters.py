@@ -189,7 +189,11 @@ CALLS = {
     "plain": {},
     "causal": {"causal": True},
     "window, softcap": {"window_size": (3, 1), "softcap": 2.0},
-    "slopes, scale": {"causal": True, "alibi_slopes": torch.rand(4), "softmax_scale": 0.2},
+    "slopes, scale": {
+        "causal": True,
+        "alibi_slopes": 0.5 ** torch.arange(1.0, 5),
+        "softmax_scale": 0.2,
+    },
 }
 
 
