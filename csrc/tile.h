@@ -92,9 +92,8 @@ class MatrixUnit {
 
 // `rows` at most tile_rows(word), `columns` a multiple of 16; kMatrix takes layout kRows.
 template <Layout kLayout = Layout::kRows>
-IC_INLINE void multiply(Word word, const Tile& tile, int64_t rows, int64_t columns) {
-  if (word == Word::kMatrix) return multiply_matrix(tile, rows, columns);
-  Tile t = tile;
+IC_INLINE void multiply(Word word, Tile t, int64_t rows, int64_t columns) {
+  if (word == Word::kMatrix) return multiply_matrix(t, rows, columns);
   const auto& tiles = kTiles.at[static_cast<int>(word)][static_cast<int>(kLayout)][rows - 1];
   const float* b = static_cast<const float*>(t.b);
   for (int64_t left = columns / kLanes; left > 0; left -= kTileVecs) {
