@@ -96,8 +96,8 @@ class BackwardTask {
       if constexpr (kByColumns) {
         const int64_t i = j % kLanes;
         if (i == 0) {
-          columns_to_rows(grad_k_ + j, rows[0]);
-          columns_to_rows(grad_v_ + j, rows[1]);
+          keys_to_rows(grad_k_ + j, rows[0]);
+          keys_to_rows(grad_v_ + j, rows[1]);
         }
         from_k = rows[0] + i * plan_.padded;
         from_v = rows[1] + i * plan_.padded;
@@ -113,13 +113,9 @@ class BackwardTask {
   }
 
   // Sixteen columns, of a key each, become rows.
-  void columns_to_rows(const float* from, float* to) const {
-    for (int64_t d = 0; d < plan_.padded; d += kLanes) {
-      Vec tile[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i) tile[i] = load(from + (d + i) * plan_.back_keys);
-      transpose(tile);
-      for (int64_t i = 0; i < kLanes; ++i) store(to + i * plan_.padded + d, tile[i]);
-    }
+  void keys_to_rows(const float* from, float* to) const {
+    for (int64_t d = 0; d < plan_.padded; d += kLanes)
+      columns_to_rows(from + d * plan_.back_keys, plan_.back_keys, kLanes, to + d, plan_.padded);
   }
 
   void clear_queries(Span rows) {

@@ -284,18 +284,6 @@ IC_INLINE Vec multiply_add_word(const float* a, Vec b, Vec c) {
   return multiply_add<kWord>(from_bits(broadcast_int(word)), b, c);
 }
 
-// Any number of rows.
-template <Layout kLayout = Layout::kRows>
-IC_INLINE void multiply_rows(Word word, Tile t, int64_t rows, int64_t columns) {
-  const int64_t step = tile_rows(word);
-  for (; rows > 0; rows -= step) {
-    multiply<kLayout>(word, t, smaller(rows, step), columns);
-    t.a = static_cast<const float*>(t.a) + step * (kLayout == Layout::kRows ? t.lda : 1);
-    t.c += step * t.ldc;
-    if (t.keep && t.keep != kOnes) t.keep += step;
-  }
-}
-
 // Dot products over the head dim are chains of kDepth words, added up: half the rounding error of
 // one chain.
 constexpr int64_t kDepth = 64;
@@ -305,15 +293,11 @@ IC_INLINE void multiply_columns(Word word, const float* q, int64_t ldq, const fl
                                 int64_t words, int64_t rows, int64_t v0, int64_t v1, float* to,
                                 int64_t ld) {
   constexpr int64_t kVecs = kPanel / kLanes;
-  const int64_t depth = word == Word::kMatrix ? words : kDepth;
   for (int64_t v = v0; v < v1;) {
     const int64_t end = smaller(v1, (v / kVecs + 1) * kVecs);
     const float* panel = columns + v / kVecs * kPanel * words + v % kVecs * kLanes;
-    for (int64_t d = 0; d < words; d += depth)
-      multiply_rows(word,
-                    {q + d, panel + d * kPanel, to + v * kLanes, d > 0 ? kOnes : nullptr, ldq,
-                     kPanel, ld, smaller(depth, words - d)},
-                    rows, (end - v) * kLanes);
+    multiply_rows(word, {q, panel, to + v * kLanes, nullptr, ldq, kPanel, ld, words, kDepth}, rows,
+                  (end - v) * kLanes);
     v = end;
   }
 }

@@ -4,11 +4,12 @@
 // much of the sum at a time as L2 holds, and walks the rows by tiles of a few, which a panel meets
 // while the tile is in L1. So each task packs what it needs and nothing is shared: packing costs 2
 // to 5 % of the multiplications from some 100 rows on, and needs no memory that grows with the
-// matrices. Where the sum does not fit, the sums of all rows wait in L2 for its next part.
+// matrices. Where the sum does not fit, the sums of all rows wait in L2 for its next part; c itself
+// holds them if it can.
 //
-// With up to kStreamRows rows, as in generating, reading b is all the work: a task turns 16 x 16
-// words of b around in registers and multiplies them there. The matrix unit takes rows of b as they
-// lie in memory if c is formed by columns: so it does up to kByColumns rows.
+// Up to kStreamRows rows, as in generating, reading b is all the work: a task turns 16 x 16 words
+// of b around in registers and multiplies them there. Up to kByColumns rows c is formed by columns:
+// rows of b as they lie in memory, times the packed rows of a.
 #include "linear.h"
 #include "parallel.h"
 #include "tile.h"
@@ -103,6 +104,7 @@ struct Plan {
   int64_t words, chunk;  // of the sum; of a part of it, a multiple of a block
   int64_t rows, panels;  // of a task
   bool packed;           // rows of a are not words as they lie in memory
+  bool in_place;         // c may hold its own sums
   int64_t row_tasks, panel_tasks;
 
   bool whole() const { return chunk >= words; }
@@ -125,6 +127,7 @@ Plan plan_of(const LinearArgs& g) {
   p.tile = tile_rows(p.word);
   p.words = ceil_div(g.depth, elements_of(p.word));
   p.packed = pairs ? g.depth % 2 != 0 || g.a.row % 2 != 0 : g.a.dtype != Dtype::kFloat32;
+  p.in_place = g.c.dtype == Dtype::kFloat32 && !g.accumulate;
   // Up to 384 KB of L2 for b's panels. The rest of its 1 MB is for the sums of a task's rows, and
   // in the weights' gradient for a's part too, so that parts there are short.
   constexpr int64_t kWhole = 1024, kPanelWords = 96 * 1024;
@@ -209,12 +212,13 @@ class Task {
     const bool matrix = plan_.word == Word::kMatrix;
     const bool by_columns = g_.form == LinearForm::kWeight && !matrix;
     const int64_t rows = smaller(plan_.tile, end_row_ - m);
-    const int64_t block = matrix ? larger(1, words_) : kLinearBlock;
     const bool last = word + words_ >= plan_.words;
     Tile tile{a_, b_, sums_};
     tile.lda = plan_.lda();
     tile.ldb = kPanel;
-    tile.ldc = plan_.whole() ? kPanel : plan_.panels * kPanel;
+    tile.depth = words_;
+    tile.chain = kLinearBlock;
+    tile.keep = word == 0 ? nullptr : kOnes;
     const float *a = a_, *b = b_;
     if (by_columns) {
       tile.lda = round_up(plan_.rows, kLanes);
@@ -230,20 +234,21 @@ class Task {
     }
     for (int64_t j = column_; j < end_column_; j += kPanel, b += words_ * kPanel) {
       const int64_t n = smaller(kPanel, end_column_ - j);
-      tile.c = plan_.whole() ? sums_ : sums_ + (m - row_) * tile.ldc + j - column_;
-      for (int64_t k = 0; k == 0 || k < words_; k += block) {
-        tile.b = b + k * kPanel;
-        tile.keep = word + k == 0 ? nullptr : kOnes;
-        tile.depth = smaller(block, words_ - k);
-        if (by_columns) {
-          tile.a = a + k * tile.lda;
-          multiply<Layout::kColumns>(plan_.word, tile, rows, round_up(n, kLanes));
-        } else {
-          tile.a = a + k;
-          multiply(plan_.word, tile, rows, round_up(n, kLanes));
-        }
+      // Sums form where they are to stay if there is room for whole vectors of them.
+      const bool in_place = plan_.in_place && n % kLanes == 0;
+      tile.ldc = in_place ? g_.c.row : plan_.whole() ? kPanel : plan_.panels * kPanel;
+      tile.c = in_place        ? static_cast<float*>(g_.c.data) + m * tile.ldc + j
+               : plan_.whole() ? sums_
+                               : sums_ + (m - row_) * tile.ldc + j - column_;
+      tile.a = a;
+      tile.b = b;
+      if (by_columns) {
+        multiply<Layout::kColumns>(plan_.word, tile, rows, round_up(n, kLanes));
+      } else {
+        multiply(plan_.word, tile, rows, round_up(n, kLanes));
       }
-      if (last) store_sums(g_, plan_.word, m, j, rows, n, tile.c, tile.ldc);
+      if (last && !(in_place && !g_.bias))
+        store_sums(g_, plan_.word, m, j, rows, n, tile.c, tile.ldc);
     }
   }
 
@@ -278,16 +283,21 @@ void run_tasks(const LinearArgs& g, const Plan& plan) {
 
 // ---- few rows: forward only ----
 
+// Rows at most: their sums and 16 vectors of b fill the registers. From kAcross rows on a is
+// packed, the same word of all rows side by side.
+#if defined(__AVX512F__)
+constexpr int64_t kStreamRows = 14;
+#else
 constexpr int64_t kStreamRows = 4;
+#endif
+constexpr int64_t kAcross = 5;
 
-// Columns `column` .. + 15 of kRows rows of c; a: their words, lda apart.
+// Columns `column` .. + 15 of c, which has kRows rows or one less; a: their words, lda apart.
 template <Word kWord, int kRows, class T>
 void stream_columns(const LinearArgs& g, const float* a, int64_t lda, Rows<T> b, int64_t column) {
   constexpr bool kPairs = kWord != Word::kFloat;
   constexpr int64_t kElements = kPairs ? 2 : 1;
   const int64_t n = smaller(kLanes, g.columns - column), words = ceil_div(g.depth, kElements);
-  const T* rows[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) rows[i] = b(i < n ? i : n - 1);
   Vec sum[kRows];
   for (int m = 0; m < kRows; ++m) sum[m] = broadcast(0.0f);
   for (int64_t first = 0; first < words; first += kLinearBlock) {
@@ -296,11 +306,12 @@ void stream_columns(const LinearArgs& g, const float* a, int64_t lda, Rows<T> b,
     for (int m = 0; m < kRows; ++m) chain[m] = broadcast(0.0f);
     const auto add = [&](int64_t word, const Vec& x) __attribute__((always_inline)) {
       for (int m = 0; m < kRows; ++m)
-        chain[m] = multiply_add<kWord>(broadcast(a[m * lda + word]), x, chain[m]);
+        chain[m] = multiply_add<kWord>(
+            broadcast(kRows < kAcross ? a[m * lda + word] : a[word * kLanes + m]), x, chain[m]);
     };
     for (int64_t word = first; word < end; word += kLanes) {
       Vec tile[kLanes];
-      load_columns<kPairs>(rows, n, word * kElements, g.depth, tile);
+      load_columns<kPairs>(b, n, word * kElements, g.depth, tile);
       if (end - word >= kLanes) {
         IC_UNROLL_COLUMNS
         for (int64_t i = 0; i < kLanes; ++i) add(word + i, tile[i]);
@@ -312,7 +323,7 @@ void stream_columns(const LinearArgs& g, const float* a, int64_t lda, Rows<T> b,
     }
     for (int m = 0; m < kRows; ++m) sum[m] = first == 0 ? chain[m] : sum[m] + chain[m];
   }
-  for (int m = 0; m < kRows; ++m) {
+  for (int64_t m = 0; m < g.rows; ++m) {
     float row[kLanes];
     store(row, sum[m]);
     store_sums(g, kWord, m, column, 1, n, row, kLanes);
@@ -324,14 +335,26 @@ void stream_rows(const LinearArgs& g, const float* a, int64_t lda, Rows<T> b, in
   if (g.rows == 1) return stream_columns<kWord, 1>(g, a, lda, b, column);
   if (g.rows == 2) return stream_columns<kWord, 2>(g, a, lda, b, column);
   if (g.rows == 3) return stream_columns<kWord, 3>(g, a, lda, b, column);
-  stream_columns<kWord, 4>(g, a, lda, b, column);
+  if (g.rows == 4) return stream_columns<kWord, 4>(g, a, lda, b, column);
+#if defined(__AVX512F__)
+  if (g.rows <= 6) return stream_columns<kWord, 6>(g, a, lda, b, column);
+  if (g.rows <= 8) return stream_columns<kWord, 8>(g, a, lda, b, column);
+  if (g.rows <= 10) return stream_columns<kWord, 10>(g, a, lda, b, column);
+  if (g.rows <= 12) return stream_columns<kWord, 12>(g, a, lda, b, column);
+  stream_columns<kWord, 14>(g, a, lda, b, column);
+#endif
 }
 
 template <bool kPairs>
 void stream(const LinearArgs& g, const Plan& plan) {
   const float* a = static_cast<const float*>(g.a.data);
   int64_t lda = g.a.row / elements_of(plan.word);
-  if (plan.packed) {
+  if (g.rows >= kAcross) {
+    float* packed = scratch(plan.words * kLanes);
+    with_rows<kPairs>(
+        g.a, 0, 0, [&](auto rows) { pack_columns<kPairs>(rows, g.rows, g.depth, packed, kLanes); });
+    a = packed;
+  } else if (plan.packed) {
     lda = round_up(plan.words, kLanes);
     float* packed = scratch(g.rows * lda);
     with_rows<kPairs>(g.a, 0, 0, [&](auto from) {
@@ -354,44 +377,46 @@ void stream(const LinearArgs& g, const Plan& plan) {
   });
 }
 
-// ---- rows by the matrix unit, c by columns: forward only ----
+// ---- up to a panel of rows, c by columns: forward only ----
 
-#if defined(__AVX512F__)
-constexpr int64_t kByColumns = kPanel;
+constexpr int64_t kByColumns = kPanel;  // rows at most
+constexpr int64_t kColumnsAtOnce = 48;
 
-// Whether rows of b are words as they lie in memory.
-bool rows_are_words(const LinearArgs& g) { return g.depth % 2 == 0 && g.b.row % 2 == 0; }
+// Rows of b are words as they lie in memory, and a's fit into L2 as a panel.
+bool fits_by_columns(const LinearArgs& g, const Plan& plan) {
+  const bool words = plan.word == Word::kFloat ? g.b.dtype == Dtype::kFloat32
+                                               : g.depth % 2 == 0 && g.b.row % 2 == 0;
+  return words && g.rows <= kByColumns && plan.words * round_up(g.rows, kLanes) <= 192 * 1024;
+}
 
-// 32 columns of c are a tile of rows of b, times the rows of a as columns.
+// Columns of c are rows of b times the rows of a as columns: nothing of b is packed.
+template <bool kPairs>
 void multiply_by_columns(const LinearArgs& g, const Plan& plan) {
-  float* a = scratch(plan.words * kPanel);
-  with_rows<true>(g.a, 0, 0, [&](auto rows) { pack_columns<true>(rows, g.rows, g.depth, a); });
-  const int64_t tasks = ceil_div(g.columns, kMatrixRows), lda = g.b.row / 2;
+  constexpr int64_t kElements = kPairs ? 2 : 1;
+  const int64_t panel = round_up(g.rows, kLanes);
+  float* a = scratch(plan.words * panel);
+  with_rows<kPairs>(g.a, 0, 0,
+                    [&](auto rows) { pack_columns<kPairs>(rows, g.rows, g.depth, a, panel); });
+  const int64_t unit = plan.word == Word::kMatrix ? kMatrixRows : kColumnsAtOnce;
+  const int64_t tasks = ceil_div(g.columns, unit), lda = g.b.row / kElements;
   parallel_rows(tasks, grain_of(g, tasks), g.threads, [&](int64_t begin, int64_t end) {
     const MatrixUnit guard(plan.word);
-    float sums[kMatrixRows * kPanel];
-    for (int64_t column = begin * kMatrixRows; column < smaller(g.columns, end * kMatrixRows);
-         column += kMatrixRows) {
-      const int64_t n = smaller(kMatrixRows, g.columns - column);
+    float sums[kColumnsAtOnce * kPanel];
+    for (int64_t column = begin * unit; column < smaller(g.columns, end * unit); column += unit) {
+      const int64_t n = smaller(unit, g.columns - column);
       const float* b = static_cast<const float*>(g.b.data) + column * lda;
-      multiply(Word::kMatrix, {b, a, sums, nullptr, lda, kPanel, kPanel, plan.words}, n,
-               round_up(g.rows, kLanes));
+      multiply_rows(plan.word, {b, a, sums, nullptr, lda, panel, kPanel, plan.words, kLinearBlock},
+                    n, panel);
       for (int64_t m = 0; m < g.rows; m += kLanes)
         for (int64_t j = 0; j < n; j += kLanes) {
-          Vec tile[kLanes];
-          for (int64_t i = 0; i < kLanes; ++i)
-            tile[i] = load(sums + smaller(j + i, n - 1) * kPanel + m);
-          transpose(tile);
           float rows[kLanes * kLanes];
-          for (int64_t i = 0; i < kLanes; ++i) store(rows + i * kLanes, tile[i]);
+          columns_to_rows(sums + j * kPanel + m, kPanel, n - j, rows, kLanes);
           store_sums(g, plan.word, m, column + j, smaller(kLanes, g.rows - m),
                      smaller(kLanes, n - j), rows, kLanes);
         }
     }
   });
 }
-
-#endif
 
 // ---- the bias ----
 
@@ -423,12 +448,10 @@ void sum_columns(const LinearBiasArgs& g, int64_t column, int64_t n, const Linea
 void linear_cpu(const LinearArgs& g) {
   const Plan plan = plan_of(g);
   const bool pairs = plan.word != Word::kFloat, forward = g.form == LinearForm::kForward;
-#if defined(__AVX512F__)
-  if (plan.word == Word::kMatrix && forward && g.rows <= kByColumns && rows_are_words(g))
-    return multiply_by_columns(g, plan);
-#endif
   if (plan.word != Word::kMatrix && forward && g.rows <= kStreamRows)
     return pairs ? stream<true>(g, plan) : stream<false>(g, plan);
+  if (forward && fits_by_columns(g, plan))
+    return pairs ? multiply_by_columns<true>(g, plan) : multiply_by_columns<false>(g, plan);
   return pairs ? run_tasks<true>(g, plan) : run_tasks<false>(g, plan);
 }
 

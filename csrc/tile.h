@@ -3,10 +3,10 @@
 //   c[m][j] = keep[m] c[m][j] + sum over k of a(m, k) b[k][j]
 //
 // Operands are made of 32-bit words: a float32, or two bfloat16 that are neighbours along the sum,
-// the earlier one in the low half. Each sum is one chain over the words, from 0, so an element's
-// bits do not depend on the tile that it falls into. A tile of kTileRows rows and kTileVecs vectors
-// of 16 columns fills the register file with its sums: for each word of a column it loads a row of
-// b once, and one word of a for each row.
+// the earlier one in the low half. A sum is cut into chains of `chain` words, each from 0, which
+// are added up in their order, so an element's bits do not depend on the tile that it falls into. A
+// tile of kTileRows rows and kTileVecs vectors of 16 columns fills the register file with its sums:
+// for each word of a column it loads a row of b once, and one word of a for each row.
 //
 // Where the machine multiplies matrices itself, the same operands go to its registers of 16 x 16
 // words, and a sum is one chain over groups of sixteen words, which begins with keep[m] c[m][j].
@@ -52,13 +52,19 @@ inline constexpr int kTileRows = 6, kTileVecs = 1;
 inline constexpr int64_t kMatrixRows = 32;
 constexpr int64_t tile_rows(Word word) { return word == Word::kMatrix ? kMatrixRows : kTileRows; }
 
-// Strides and depth in words.
+inline constexpr int64_t kOneChain = int64_t{1} << 62;
+
+// Strides, depth and chain in words; kMatrix has its own chains.
 struct Tile {
   const void *a, *b;
   float* c;
   const float* keep = nullptr;  // (rows,); null: c is only written
   int64_t lda = 0, ldb = 0, ldc = 0, depth = 0;
+  int64_t chain = kOneChain;
 };
+
+// For `keep`: add to what is there.
+inline constexpr float kOnes[kLanes] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
 enum class Layout : int { kRows, kColumns };  // a(m, k) = a[m * lda + k], or a[k * lda + m]
 
@@ -104,8 +110,17 @@ IC_INLINE void multiply(Word word, Tile t, int64_t rows, int64_t columns) {
   }
 }
 
-// For `keep`: add to what is there.
-inline constexpr float kOnes[kLanes] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+// Any number of rows.
+template <Layout kLayout = Layout::kRows>
+IC_INLINE void multiply_rows(Word word, Tile t, int64_t rows, int64_t columns) {
+  const int64_t step = tile_rows(word);
+  for (; rows > 0; rows -= step) {
+    multiply<kLayout>(word, t, rows < step ? rows : step, columns);
+    t.a = static_cast<const float*>(t.a) + step * (kLayout == Layout::kRows ? t.lda : 1);
+    t.c += step * t.ldc;
+    if (t.keep && t.keep != kOnes) t.keep += step;
+  }
+}
 
 // ---- words and their product ----
 
@@ -244,48 +259,49 @@ inline constexpr int64_t kPanel = 64;
 #define IC_UNROLL_COLUMNS _Pragma("GCC unroll 1")
 #endif
 
-// Words of the first n of 16 rows from element k on, up to `depth`, as columns: 16 vectors, of
-// which those past the rows' ends are 0.
-template <bool kPairs, class T>
-IC_INLINE void load_columns(const T* const (&rows)[kLanes], int64_t n, int64_t k, int64_t depth,
+// Words of the first n of 16 rows, row(0) .. row(n - 1), from element k on, up to `depth`, as
+// columns: 16 vectors, of which those past the rows' ends are 0.
+template <bool kPairs, class RowOf>
+IC_INLINE void load_columns(const RowOf& row, int64_t n, int64_t k, int64_t depth,
                             Vec (&tile)[kLanes]) {
   constexpr int64_t kStep = kPairs ? 2 * kLanes : kLanes;
   if (n >= kLanes && depth - k >= kStep) {
     IC_UNROLL_COLUMNS
     for (int64_t i = 0; i < kLanes; ++i) {
-      tile[i] = load_words<kPairs>(rows[i] + k, kStep);
-      if (k + 4 * kStep < depth) __builtin_prefetch(rows[i] + k + 4 * kStep);
+      tile[i] = load_words<kPairs>(row(i) + k, kStep);
+      if (k + 4 * kStep < depth) __builtin_prefetch(row(i) + k + 4 * kStep);
     }
   } else {
     IC_UNROLL_COLUMNS
     for (int64_t i = 0; i < kLanes; ++i)
-      tile[i] = i < n ? load_words<kPairs>(rows[i] + k, depth - k) : broadcast(0.0f);
+      tile[i] = i < n ? load_words<kPairs>(row(i) + k, depth - k) : broadcast(0.0f);
   }
   transpose(tile);
 }
 
 // b from rows along the sum: row(i) is column i of b, `depth` elements long. Columns past n, up to
-// a whole vector, are 0. Sixteen rows are read side by side to their ends, not a panel's 64.
+// a whole vector, are 0; `panel`: how many a panel has. Sixteen rows are read side by side to their
+// ends, not a panel's 64.
 template <bool kPairs, class RowOf>
-IC_INLINE void pack_columns(const RowOf& row, int64_t n, int64_t depth, float* to) {
+IC_INLINE void pack_columns(const RowOf& row, int64_t n, int64_t depth, float* to,
+                            int64_t panel = kPanel) {
   constexpr int64_t kElements = kPairs ? 2 : 1;
   const int64_t words = (depth + kElements - 1) / kElements;
   for (int64_t i0 = 0; i0 < n; i0 += kLanes) {
-    decltype(row(0)) from[kLanes];
-    for (int64_t i = 0; i < kLanes; ++i) from[i] = row(i0 + i < n ? i0 + i : n - 1);
-    float* panel = to + i0 / kPanel * kPanel * words + i0 % kPanel;
+    const auto from = [&](int64_t i) __attribute__((always_inline)) { return row(i0 + i); };
+    float* columns = to + i0 / panel * panel * words + i0 % panel;
     for (int64_t word = 0; word < words; word += kLanes) {
       Vec tile[kLanes];
       load_columns<kPairs>(from, n - i0, word * kElements, depth, tile);
       const int64_t left = words - word;
-      float* at = panel + word * kPanel;
+      float* at = columns + word * panel;
       if (left >= kLanes) {
         IC_UNROLL_COLUMNS
-        for (int64_t i = 0; i < kLanes; ++i) store(at + i * kPanel, tile[i]);
+        for (int64_t i = 0; i < kLanes; ++i) store(at + i * panel, tile[i]);
       } else {
         IC_UNROLL_COLUMNS
         for (int64_t i = 0; i < kLanes; ++i)
-          if (i < left) store(at + i * kPanel, tile[i]);
+          if (i < left) store(at + i * panel, tile[i]);
       }
     }
   }
@@ -329,6 +345,16 @@ IC_INLINE void pack_across(const RowOf& row, int64_t n, int64_t depth, float* to
       for (int64_t i = 0; i < kLanes; ++i) store(to + (m + i) * ld + k / 2, tile[i]);
     }
   }
+}
+
+// ---- sums by columns become rows ----
+
+// to[i][j] = from[j][i] for i, j < 16; rows of `from` from n on are not read.
+IC_INLINE void columns_to_rows(const float* from, int64_t ld, int64_t n, float* to, int64_t to_ld) {
+  Vec tile[kLanes];
+  for (int64_t j = 0; j < kLanes; ++j) tile[j] = load(from + (j < n ? j : n - 1) * ld);
+  transpose(tile);
+  for (int64_t i = 0; i < kLanes; ++i) store(to + i * to_ld, tile[i]);
 }
 
 }  // namespace ic::IC_ISA

@@ -13,44 +13,50 @@ template <Word kWord, int kRows, int kVecs, Layout kLayout>
 void multiply_tile(const Tile& t) noexcept {
   constexpr int kWide = kVecs * kParts;
   constexpr bool kColumns = kLayout == Layout::kColumns;
-  NativeFloat sum[kRows][kWide];
+  const float* keep = t.keep;
   const char *a = static_cast<const char*>(t.a), *b = static_cast<const char*>(t.b);
+  int64_t left = t.depth;
+  do {
+    NativeFloat sum[kRows][kWide];
 #pragma GCC unroll 8
-  for (int m = 0; m < kRows; ++m)
+    for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 8
-    for (int j = 0; j < kWide; ++j) sum[m][j] = NativeFloat{};
-  for (int64_t k = 0; k < t.depth; ++k) {
-    NativeInt x[kWide];
+      for (int j = 0; j < kWide; ++j) sum[m][j] = NativeFloat{};
+    for (int64_t k = left < t.chain ? left : t.chain; k > 0; --k) {
+      NativeInt x[kWide];
 #pragma GCC unroll 8
-    for (int j = 0; j < kWide; ++j) __builtin_memcpy(&x[j], b + sizeof x[j] * j, sizeof x[j]);
+      for (int j = 0; j < kWide; ++j) __builtin_memcpy(&x[j], b + sizeof x[j] * j, sizeof x[j]);
 #pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) {
-      int32_t word;
-      __builtin_memcpy(&word, a + (kColumns ? m : m * t.lda) * sizeof word, sizeof word);
-      const NativeInt y = NativeInt{} + word;
+      for (int m = 0; m < kRows; ++m) {
+        int32_t word;
+        __builtin_memcpy(&word, a + (kColumns ? m : m * t.lda) * sizeof word, sizeof word);
+        const NativeInt y = NativeInt{} + word;
 #pragma GCC unroll 8
-      for (int j = 0; j < kWide; ++j) sum[m][j] = multiply_add<kWord>(y, x[j], sum[m][j]);
+        for (int j = 0; j < kWide; ++j) sum[m][j] = multiply_add<kWord>(y, x[j], sum[m][j]);
+      }
+      a += (kColumns ? t.lda : 1) * sizeof(float);
+      b += t.ldb * sizeof(float);
     }
-    a += (kColumns ? t.lda : 1) * sizeof(float);
-    b += t.ldb * sizeof(float);
-  }
-  if (t.keep) {
+    if (keep) {
 #pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) {
-      const NativeFloat keep = t.keep[m] - NativeFloat{};
+      for (int m = 0; m < kRows; ++m) {
+        const NativeFloat factor = keep[m] - NativeFloat{};
 #pragma GCC unroll 8
-      for (int j = 0; j < kWide; ++j) {
-        NativeFloat before;
-        __builtin_memcpy(&before, t.c + m * t.ldc + kNativeLanes * j, sizeof before);
-        sum[m][j] = fma(before, keep, sum[m][j]);
+        for (int j = 0; j < kWide; ++j) {
+          NativeFloat before;
+          __builtin_memcpy(&before, t.c + m * t.ldc + kNativeLanes * j, sizeof before);
+          sum[m][j] = fma(before, factor, sum[m][j]);
+        }
       }
     }
-  }
 #pragma GCC unroll 8
-  for (int m = 0; m < kRows; ++m)
+    for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 8
-    for (int j = 0; j < kWide; ++j)
-      __builtin_memcpy(t.c + m * t.ldc + kNativeLanes * j, &sum[m][j], sizeof sum[m][j]);
+      for (int j = 0; j < kWide; ++j)
+        __builtin_memcpy(t.c + m * t.ldc + kNativeLanes * j, &sum[m][j], sizeof sum[m][j]);
+    keep = kOnes;
+    left -= t.chain;
+  } while (left > 0);
 }
 
 template <int kWord, int kLayout, int kRow, int kVec>
