@@ -387,11 +387,15 @@ class Scheduler:
         ends = {tokenizer.eos_id, *(end if isinstance(end, list) else [end])}
         vocab = range(model.config.vocab_size)
         self.eos_ids = frozenset(id for id in ends if id in vocab)
+        self._generated = self._fed = self._hits = self._preemptions = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all requests and the cache: a step that failed leaves them in no known state."""
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []  # those that are fed a token and draw one, oldest first
         self._partial: Request | None = None  # the one of whose prompt more is to be fed
         self._cache: KVCache | None = None
-        self._generated = self._fed = self._hits = self._preemptions = 0
 
     # -- requests ---------------------------------------------------------------------------------
 

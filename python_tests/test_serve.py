@@ -52,8 +52,8 @@ def alone(model, ids: list[int], **params) -> list:
 
 def slowly(engine, monkeypatch, seconds: float = 0.02) -> None:
     """Every step takes so long."""
-    step = engine._scheduler.step
-    monkeypatch.setattr(engine._scheduler, "step", lambda: time.sleep(seconds) or step())
+    step = engine.served.scheduler.step
+    monkeypatch.setattr(engine.served.scheduler, "step", lambda: time.sleep(seconds) or step())
 
 
 def test_completion(client):
@@ -62,7 +62,7 @@ def test_completion(client):
     assert {"x-request-id", "openai-processing-ms"} <= response.headers.keys()
     body = response.json()
     ids = TOKENIZER.prompt_ids("hello")
-    (own,) = alone(client.engine.model, ids, max_tokens=8, temperature=0)
+    (own,) = alone(client.model, ids, max_tokens=8, temperature=0)
     assert body["id"].startswith("cmpl-") and body["object"] == "text_completion"
     assert body["model"] == "toy" and abs(body["created"] - time.time()) < 60
     choice = {"index": 0, "text": own.text, "logprobs": None, "finish_reason": own.finish_reason}
@@ -97,9 +97,7 @@ def test_sampling_parameters_are_the_generators(client):
     fields = {"temperature": 0.9, "top_p": 0.95, "seed": 7, "max_tokens": 12, "n": 3, "top_k": 40}
     fields |= {"presence_penalty": 0.5, "frequency_penalty": 0.2, "repetition_penalty": 1.1}
     fields |= {"min_p": 0.01, "min_tokens": 4, "stop": ["e", "\n"], "stop_token_ids": [65]}
-    own = alone(
-        client.engine.model, TOKENIZER.prompt_ids("hello"), **fields | {"stop": ("e", "\n")}
-    )
+    own = alone(client.model, TOKENIZER.prompt_ids("hello"), **fields | {"stop": ("e", "\n")})
     choices = client.complete(**fields).json()["choices"]
     assert [c["text"] for c in choices] == [c.text for c in own]
     assert [c["finish_reason"] for c in choices] == [c.finish_reason for c in own]
@@ -115,7 +113,7 @@ def test_chat(client):
     body = response.json()
     end, marker = TOKENIZER.eos_id, TOKENIZER.assistant_id
     ids = [*b"hi", marker, *b"yes", end, *b"and?", marker]
-    (own,) = alone(client.engine.model, ids, max_tokens=8, temperature=0)
+    (own,) = alone(client.model, ids, max_tokens=8, temperature=0)
     assert body["id"].startswith("chatcmpl-") and body["object"] == "chat.completion"
     message = {"role": "assistant", "content": own.text, "refusal": None}
     (choice,) = body["choices"]
@@ -167,13 +165,13 @@ def test_no_piece_ends_inside_a_character(client):
             out[row, follow[id]] = 9.0
         return out
 
-    decode, engine.model.logits = engine.model.decode, logits
+    decode, engine.served.scheduler.model.logits = engine.served.scheduler.model.decode, logits
 
     def remember(tokens, *arguments):
         engine.fed = tokens.tolist()[-1:]
         return decode(tokens, *arguments)
 
-    engine.model.decode = remember
+    engine.served.scheduler.model.decode = remember
     chinese = Client(engine)
     chunks = events(chinese.complete(max_tokens=12, stream=True))
     assert [c["choices"][0]["text"] for c in chunks] == ["文", "文", "文", "文", ""]
@@ -189,7 +187,7 @@ def test_echo_and_logprobs(client):
     assert scores["tokens"] == ["h", "bytes:\\xc3", "bytes:\\xa9", "l", "l", "o"]
     assert scores["text_offset"] == [0, 1, 1, 2, 3, 4]
     ids = TOKENIZER.prompt_ids("héllo")
-    model = client.engine.model
+    model = client.model
     rows = model(torch.tensor(ids), torch.tensor([0, len(ids)], dtype=torch.int32))
     truth = rows.log_softmax(-1).detach()
     own = truth[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:-1, 0]
@@ -238,7 +236,7 @@ def test_logprobs_of_chat(client):
     assert choice["logprobs"]["refusal"] is None
     content = choice["logprobs"]["content"]
     ids = [*b"hi", TOKENIZER.assistant_id]
-    (own,) = alone(client.engine.model, ids, max_tokens=40, seed=3, top_logprobs=3)
+    (own,) = alone(client.model, ids, max_tokens=40, seed=3, top_logprobs=3)
     assert [entry["logprob"] for entry in content] == own.logprobs
     for entry, id, top in zip(content, own.token_ids, own.top_logprobs, strict=True):
         assert entry["bytes"] == (list(TOKENIZER.token_bytes(id)) or None)
@@ -259,11 +257,11 @@ def test_logprobs_of_chat(client):
 def test_evaluation_harness(client):
     """The requests that lm-eval's local-completions makes: its sums are the scores in process."""
     ids = [TOKENIZER.encode(text) for text in ("The cat sat.", "天地玄黄", "a" * 120)]
-    own = [row.tolist() for row in score(client.engine.model, ids)]
+    own = [row.tolist() for row in score(client.model, ids)]
     asked = dict(prompt=ids, temperature=0, max_tokens=1, logprobs=1, seed=1234, echo=True)
     choices = client.complete(**asked).json()["choices"]
     assert [choice["index"] for choice in choices] == [0, 1, 2]
-    rows = client.engine.model(
+    rows = client.model(
         torch.tensor(sum(ids, [])), torch.tensor([0, 12, 24, 144], dtype=torch.int32)
     )
     best, at = rows.argmax(-1).tolist(), 0
@@ -370,8 +368,8 @@ BAD = [
     ({"stop_token_ids": [999]}, "stop_token_ids"),
     ({"stream": 1}, "stream"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
-    ({"stream": True, "stream_options": {"include_usage": 1}}, "include_usage"),
-    ({"stream": True, "stream_options": {"more": True}}, "stream_options"),
+    ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+    ({"stream": True, "stream_options": {"more": True}}, "stream_options.more"),
     ({"logprobs": 6}, "logprobs"),
     ({"logprobs": True}, "logprobs"),
     ({"echo": "yes"}, "echo"),
@@ -399,7 +397,8 @@ BAD = [
 
 @pytest.mark.parametrize("fields, param", BAD, ids=[str(fields)[:40] for fields, _ in BAD])
 def test_rejects(client, fields, param):
-    code = "unsupported_parameter" if param in ("suffix", "messages", "whatever") else None
+    unknown = ("suffix", "messages", "whatever", "stream_options.more")
+    code = "unsupported_parameter" if param in unknown else None
     code = "context_length_exceeded" if fields == {"prompt": "a" * 10_000} else code
     message = error(client.complete(**fields), 400, param, code)
     assert param in message or param in ("n", "prompt", "stream_options"), message
@@ -419,10 +418,12 @@ def test_rejects_the_rest(client):
     error(client.chat("a" * (CONTEXT - 1), max_tokens=None), 400, "messages", code)
     error(client.chat(), 400, "messages")
     error(client.chat("a", max_tokens=2, max_completion_tokens=2), 400, "max_tokens")
-    for message in (3, {"role": "tool", "content": "a"}, {"role": "user", "content": None}):
+    error(client.chat("a", messages=[3]), 400, "messages[0]")
+    error(client.chat("a", messages=[{"role": 3, "content": "a"}]), 400, "messages[0].role")
+    for message in ({"role": "tool", "content": "a"}, {"role": "user", "content": None}):
         error(client.chat("a", messages=[message]), 400, "messages")
     named = {"role": "user", "content": "a", "name": "b"}
-    assert "name" in error(client.chat("a", messages=[named]), 400, "messages")
+    error(client.chat("a", messages=[named]), 400, "messages[0].name", "unsupported_parameter")
     error(client.chat("a", top_logprobs=1), 400, "top_logprobs")
     error(client.chat("a", logprobs=True, top_logprobs=21), 400, "top_logprobs")
     error(client.chat("a", logprobs=1), 400, "logprobs")
@@ -443,25 +444,26 @@ def test_rejects_the_rest(client):
 def test_a_bug_is_a_json_error(monkeypatch):
     """All who were in the step hear of it, and the next ones are served again."""
     client = Client(make_engine())
-    head = client.engine.model.logits
-    monkeypatch.setattr(client.engine.model, "logits", lambda hidden: head(hidden) * math.nan)
+    head = client.model.logits
+    monkeypatch.setattr(client.model, "logits", lambda hidden: head(hidden) * math.nan)
     response = client.complete()
     assert "NaN" not in error(response, 500, None)
     assert response.headers["x-should-retry"] == "false"
     error(client.complete(stream=True), 500, None)  # not a stream: nothing had been sent
     error(client.complete(n=3), 500, None)
-    monkeypatch.setattr(client.engine.model, "logits", head)
+    monkeypatch.setattr(client.model, "logits", head)
     assert client.complete().status_code == 200
 
-    scheduler = client.engine._scheduler
+    scheduler = client.scheduler
     step = scheduler.step
 
     def fails_later():
         if scheduler.stats().tokens_generated > 20:
+            scheduler.step = step
             raise RuntimeError("secret")
         return step()
 
-    monkeypatch.setattr(scheduler, "step", fails_later)
+    scheduler.step = fails_later
     text = client.complete(stream=True, ignore_eos=True, max_tokens=100).text
     *_, last, rest = text.split("\n\n")
     assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
@@ -473,14 +475,15 @@ def test_a_bug_is_a_json_error(monkeypatch):
 def test_no_memory_for_the_cache(monkeypatch):
     """What fails before a step, too, is an error of those who wait, and the next are served."""
 
-    def fails(requests):
+    def fails():
         raise MemoryError
 
     client = Client(make_engine())
-    monkeypatch.setattr(client.engine._scheduler, "queue", fails)
-    error(client.complete(), 500, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(client.scheduler, "_allocate", fails)
+        error(client.complete(), 500, None)
     assert client.complete().status_code == 200
-    assert client.engine.load == 0
+    eventually(lambda: not client.engine._owners)
     client.close()
 
 
@@ -501,7 +504,7 @@ def test_who_leaves_is_forgotten(monkeypatch, stream, path):
     eventually(lambda: client.engine.stats.waiting == 0)
     for connection in connections[:2]:
         connection.sock.close()
-    eventually(lambda: client.engine.stats.running == 0 and client.engine.load == 0)
+    eventually(lambda: client.engine.stats.running == 0 and not client.engine._owners)
     stats = client.engine.stats
     assert stats.blocks_used == 0 and stats.tokens_generated < 200
     kind = "chat" if "messages" in said else "completions"
@@ -533,7 +536,7 @@ def test_back_pressure(monkeypatch):
 def test_bodies_are_bounded(client, monkeypatch):
     for content in (b" " * (10 << 20), iter([b" " * (1 << 20)] * 10)):
         response = client.post("/v1/completions", content=content)
-        assert "8388608 bytes, got 10485760" in error(response, 400, None)
+        assert "at most 8388608 bytes" in error(response, 400, None)
     monkeypatch.setattr(client.engine.served.tokenizer, "encode", None)  # nothing is encoded
     prompt = client.complete(prompt="文" * 1_000_000)
     error(prompt, 400, "prompt", "context_length_exceeded")
