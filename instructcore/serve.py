@@ -21,8 +21,8 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from starlette.responses import FileResponse, Response, StreamingResponse
 from .config import check, check_options, option
 from .errors import UserError
 from .scheduler import Piece, Request, Scheduler, Stats
-from .serve_wire import ApiError, Ask, Checkpoint, Choice, as_api_error, require
+from .serve_wire import ApiError, Ask, Checkpoint, Choice, Part, as_api_error, require
 from .train import load_checkpoint
 
 MAX_BODY = 8 << 20  # bytes of a request
@@ -43,10 +43,8 @@ BODY_SECONDS = 60  # until it must be here
 SEND_SECONDS = 120  # that a client may take nothing of its answer, however much waits
 LEAVING = "the server is shutting down"
 PAGE = Path(__file__).parent / "static" / "chat.html"
-PAGE_POLICY = (
-    "default-src 'none'; connect-src 'self'; img-src data:; frame-ancestors 'none'; "
-    "style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-)
+PAGE_POLICY = "default-src 'none'; connect-src 'self'; img-src data:; frame-ancestors 'none'; "
+PAGE_POLICY += "style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 EVENTS = {"content-type": "text/event-stream", "cache-control": "no-cache"}
 
 _CARDS = re.compile(r"GET /v1/(models|engines)(?:/(.+))?")
@@ -67,38 +65,43 @@ class Engine:
         self.served.scheduler.model.eval()
         self.draining = False
         self.stats = self.served.scheduler.stats()  # replaced as a whole by the thread
-        self._owners: dict[Request, Choice] = {}  # the choices of those who are answered
+        self._owners: dict[Request, tuple[Choice, asyncio.Queue]] = {}  # who waits for its pieces
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="generate", daemon=True)
         self._thread.start()
 
     # -- on the event loop ------------------------------------------------------------------------
 
-    @contextmanager
-    def at_work(self, ask: Ask) -> Iterator[None]:
-        """What a request asks for is made while this is open; the rest of it is then given up."""
+    async def answer(self, ask: Ask) -> AsyncIterator[Part]:
+        """What comes of a request, until all of it is complete; closed, it gives up the rest."""
         if self.draining:
             raise ApiError(503, LEAVING)
         scheduler, unfinished = self.served.scheduler, [r for r in self._owners if not r.completion]
         if (waiting := len(unfinished) - scheduler.max_batch) >= self.max_queue:
             message = f"the queue is full, {waiting} responses wait: try again later"
             raise ApiError(429, message, code="rate_limit_exceeded")
-        choices = {choice.request: choice for choice in ask.choices}
-        self._owners |= choices
+        parts: asyncio.Queue[tuple[Choice, Piece | ApiError]] = asyncio.Queue()
+        owned, left = {c.request: (c, parts) for c in ask.choices}, len(ask.choices)
+        self._owners |= owned
         self._loop = asyncio.get_running_loop()
-        self._inbox.put(lambda: scheduler.queue(choices))
+        self._inbox.put(lambda: scheduler.queue(owned))
         try:
-            yield
+            while left:
+                choice, part = await parts.get()
+                if isinstance(part, ApiError):
+                    raise part
+                left -= part.completion is not None
+                yield choice, part
         finally:
-            for request in choices:
+            for request in owned:
                 del self._owners[request]
-            self._inbox.put(lambda: scheduler.abort(*choices))
+            self._inbox.put(lambda: scheduler.abort(*owned))
 
     def drain(self) -> None:
         """From now on no request begins, which those that wait are told; the others go on."""
         self.draining, owners = True, [*self._owners.items()]
-        begun = {c.ask for r, c in owners if r.blocks or r.logprobs or r.completion}
-        waiting = [request for request, choice in owners if choice.ask not in begun]
+        begun = {c.ask for r, (c, _) in owners if r.blocks or r.logprobs or r.completion}
+        waiting = [request for request, (choice, _) in owners if choice.ask not in begun]
         if waiting:
             self._post((request, ApiError(503, LEAVING)) for request in waiting)
 
@@ -108,8 +111,9 @@ class Engine:
 
     def _deliver(self, parts: Iterable[tuple[Request, Piece | ApiError]]) -> None:
         for request, part in parts:
-            if choice := self._owners.get(request):
-                choice.ask.parts.put_nowait((choice, part))
+            if request in self._owners:
+                choice, queue = self._owners[request]
+                queue.put_nowait((choice, part))
 
     # -- on its own thread ------------------------------------------------------------------------
 
@@ -185,7 +189,7 @@ async def _cancel_if_gone(receive: Callable, answering: asyncio.Task) -> None:
 
 def make_app(engine: Engine, api_key: str = "") -> Callable:
     """The ASGI application. With a key, every request but those of / and /health must bear it."""
-    requests: Counter[str] = Counter()  # by endpoint and status
+    answered: Counter[str] = Counter()  # by endpoint and status
     latency, first_token = (Counter(dict.fromkeys(_BUCKETS, 0)) for _ in range(2))
 
     def reply(body: dict[str, Any], status: int = 200, headers: dict | None = None) -> Response:
@@ -199,7 +203,7 @@ def make_app(engine: Engine, api_key: str = "") -> Callable:
         if api_key and not (right and scheme.lower() == "bearer"):
             raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
 
-    async def respond(request: HTTPRequest, begin: float, stack: ExitStack) -> Response:
+    async def respond(request: HTTPRequest, begin: float, stack: AsyncExitStack) -> Response:
         route = f"{request.method} {request.scope['path']}"
         if route == "GET /":
             return FileResponse(PAGE, headers={"content-security-policy": PAGE_POLICY})
@@ -207,7 +211,7 @@ def make_app(engine: Engine, api_key: str = "") -> Callable:
             return reply({"status": "ok"})
         authorize(request.headers)
         if route == "GET /metrics":
-            text = _prometheus(engine.stats, requests, latency, first_token)
+            text = _prometheus(engine.stats, answered, latency, first_token)
             return Response(text, media_type="text/plain; version=0.0.4")
         if cards := _CARDS.fullmatch(route):
             return reply(engine.served.cards(*cards.groups()))
@@ -219,10 +223,9 @@ def make_app(engine: Engine, api_key: str = "") -> Callable:
             require(len(body) <= MAX_BODY, f"a body has at most {MAX_BODY} bytes")
             # There are others to serve while a long one is understood.
             ask = await asyncio.to_thread(Ask, engine.served, body, *generate.groups())
-            stack.enter_context(engine.at_work(ask))
             watch = _cancel_if_gone(request.receive, asyncio.current_task())
             stack.callback(asyncio.create_task(watch).cancel)
-            parts = ask.follow()
+            parts = await stack.enter_async_context(aclosing(engine.answer(ask)))
             first = await anext(parts)
             _observe(first_token, time.perf_counter() - begin)
             if ask.stream:
@@ -239,7 +242,8 @@ def make_app(engine: Engine, api_key: str = "") -> Callable:
 
     async def app(scope: dict, receive: Callable, send: Callable) -> None:
         request, begin, status = HTTPRequest(scope, receive), time.perf_counter(), 499
-        with suppress(asyncio.CancelledError, ClientDisconnect), ExitStack() as stack:
+        async with AsyncExitStack() as stack:
+            stack.enter_context(suppress(asyncio.CancelledError, ClientDisconnect))
             try:
                 response = await respond(request, begin, stack)
             except ClientDisconnect:
@@ -247,13 +251,14 @@ def make_app(engine: Engine, api_key: str = "") -> Callable:
             except Exception as exception:
                 error = as_api_error(exception)
                 response = reply(error.body, error.status, error.headers)
+            took = time.perf_counter() - begin
             response.headers["x-request-id"] = secrets.token_hex(12)
-            response.headers["openai-processing-ms"] = f"{1000 * (time.perf_counter() - begin):.0f}"
+            response.headers["openai-processing-ms"] = f"{1000 * took:.0f}"
             await response(scope, receive, send)
             status = response.status_code
         found = _GENERATE.fullmatch(f"{scope['method']} {scope['path']}")
         endpoint = ("chat" if found[1] else "completions") if found else "other"
-        requests[f'{{endpoint="{endpoint}",status="{status}"}}'] += 1
+        answered[f'{{endpoint="{endpoint}",status="{status}"}}'] += 1
         if found and status == 200:
             _observe(latency, time.perf_counter() - begin)
 

@@ -199,16 +199,15 @@ class Choice:
         return f"bytes:{name}" if spelt and name.encode() != spelt else name
 
     def _logprobs(self, rows: Iterable[tuple]) -> dict[str, Any]:
-        names, logprobs, likeliest, offsets = [], [], [], []
+        columns = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for id, logprob, top in rows:
-            names.append(self._name(id))
-            logprobs.append(logprob)
-            top = {self._name(other): x for other, x in top.items()}
-            likeliest.append(None if logprob is None else top | {names[-1]: logprob})
-            offsets.append(self._offset)
+            name = self._name(id)
+            top = {self._name(other): x for other, x in top.items()} | {name: logprob}
+            row = (name, logprob, None if logprob is None else top, self._offset)
+            for column, value in zip(columns.values(), row, strict=True):
+                column.append(value)
             self._offset += len(self._stream.feed(id))
-        part: dict[str, Any] = {"tokens": names, "token_logprobs": logprobs}
-        return part | {"top_logprobs": likeliest, "text_offset": offsets}
+        return columns
 
     def _for_chat(self, rows: Iterable[tuple]) -> dict[str, Any]:
         tokenizer = self.ask.tokenizer
@@ -237,8 +236,8 @@ Part = tuple[Choice, Piece]
 class Ask:
     """A request for completions or chat: what it asks for, and the JSON of its answer.
 
-    `choices` have the requests that the scheduler is to complete. Its user puts what comes of them
-    into `parts`, one (choice, piece) after the other; or an error.
+    `choices` have the requests that the scheduler is to complete. What comes of them, one (choice,
+    piece) after the other, makes the answer.
 
     Raises:
         ApiError: it asks for what cannot be, or for what is not supported.
@@ -246,7 +245,6 @@ class Ask:
 
     def __init__(self, served: Checkpoint, body: bytes, chat: object, path: str | None) -> None:
         self.tokenizer, self.chat = served.tokenizer, bool(chat)
-        self.parts: asyncio.Queue[tuple[Choice, Piece | ApiError]] = asyncio.Queue()
         try:
             fields = json.loads(body)
         except (ValueError, RecursionError) as error:
@@ -318,16 +316,6 @@ class Ask:
             requests = served.scheduler.requests(ids, SamplingParams(**settings))
             choices += [Choice(self, len(choices) + i, r, shown) for i, r in enumerate(requests)]
         return choices
-
-    async def follow(self) -> AsyncIterator[Part]:
-        """What comes of the request, until all of it is complete."""
-        left = len(self.choices)
-        while left:
-            choice, part = await self.parts.get()
-            if isinstance(part, ApiError):
-                raise part
-            left -= part.completion is not None
-            yield choice, part
 
     async def whole(self, parts: AsyncIterator[Part]) -> dict[str, Any]:
         """The answer as one object."""

@@ -141,15 +141,16 @@ def servers_for_clients(key: str) -> Iterator[dict[str, str]]:
     names = ("main", "full", "broken", "breaking", "leaving")
     limits: dict[str, dict] = {"full": {"max_batch": 1, "max_queue": 0}}
     engines = {name: make_engine(context=1024, **limits.get(name, {})) for name in names}
-    head, later = engines["broken"].model.logits, engines["breaking"].model.decode
+    models = {name: engine.served.scheduler.model for name, engine in engines.items()}
+    head, later = models["broken"].logits, models["breaking"].decode
 
     def breaks(tokens, starts, cache) -> torch.Tensor:
         if cache.seqlens.max() > 40:
             raise RuntimeError("this one is meant to break")
         return later(tokens, starts, cache)
 
-    engines["broken"].model.logits = lambda hidden: head(hidden) * float("nan")
-    engines["breaking"].model.decode = breaks
+    models["broken"].logits = lambda hidden: head(hidden) * float("nan")
+    models["breaking"].decode = breaks
     slow_down(engines["full"], 0.005)
     engines["leaving"].drain()
     with ExitStack() as stack:
