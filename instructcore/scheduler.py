@@ -26,7 +26,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import index
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
@@ -132,17 +132,17 @@ class Piece(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """The scheduler at this moment, and what it has done so far."""
+    """The scheduler at this moment (gauges), and what it has done so far (counters)."""
 
-    running: int
-    waiting: int
-    blocks_used: int  # by running sequences
-    blocks_free: int
-    blocks_cached: int  # used by none, but remembered; they are free for the taking, too
-    tokens_generated: int
-    tokens_fed: int  # of prompts, and of what was to be fed again
-    cache_hits: int  # tokens that needed no feeding, since remembered pages held them
-    preemptions: int
+    running: Annotated[int, "gauge", "Responses computed at this moment."]
+    waiting: Annotated[int, "gauge", "Responses that wait for their turn."]
+    blocks_used: Annotated[int, "gauge", "Pages of the cache held by running sequences."]
+    blocks_free: Annotated[int, "gauge", "Pages that hold nothing."]
+    blocks_cached: Annotated[int, "gauge", "Pages held by none, but remembered; free, too."]
+    tokens_generated: Annotated[int, "counter", "Tokens drawn."]
+    tokens_fed: Annotated[int, "counter", "Tokens fed, of prompts and once more after preemption."]
+    cache_hits: Annotated[int, "counter", "Tokens not fed, since remembered pages held them."]
+    preemptions: Annotated[int, "counter", "Sequences made to wait again."]
 
 
 @dataclass(eq=False, slots=True)

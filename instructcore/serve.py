@@ -25,7 +25,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import uvicorn
 from starlette.requests import ClientDisconnect
@@ -35,7 +35,7 @@ from starlette.responses import FileResponse, Response, StreamingResponse
 from .config import check, check_options, option
 from .errors import UserError
 from .scheduler import Piece, Request, Scheduler, Stats
-from .serve_wire import ApiError, Ask, Checkpoint, Choice, Part, as_api_error, require
+from .serve_wire import ApiError, Ask, Checkpoint, Part, as_api_error, require
 from .train import load_checkpoint
 
 MAX_BODY = 8 << 20  # bytes of a request
@@ -65,7 +65,7 @@ class Engine:
         self.served.scheduler.model.eval()
         self.draining = False
         self.stats = self.served.scheduler.stats()  # replaced as a whole by the thread
-        self._owners: dict[Request, tuple[Choice, asyncio.Queue]] = {}  # who waits for its pieces
+        self._owners: dict[Request, asyncio.Queue] = {}  # who waits for its pieces
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="generate", daemon=True)
         self._thread.start()
@@ -80,18 +80,18 @@ class Engine:
         if (waiting := len(unfinished) - scheduler.max_batch) >= self.max_queue:
             message = f"the queue is full, {waiting} responses wait: try again later"
             raise ApiError(429, message, code="rate_limit_exceeded")
-        parts: asyncio.Queue[tuple[Choice, Piece | ApiError]] = asyncio.Queue()
-        owned, left = {c.request: (c, parts) for c in ask.choices}, len(ask.choices)
-        self._owners |= owned
+        parts: asyncio.Queue[tuple[Request, Piece | ApiError]] = asyncio.Queue()
+        owned, left = {choice.request: choice for choice in ask.choices}, len(ask.choices)
+        self._owners |= dict.fromkeys(owned, parts)
         self._loop = asyncio.get_running_loop()
         self._inbox.put(lambda: scheduler.queue(owned))
         try:
             while left:
-                choice, part = await parts.get()
+                request, part = await parts.get()
                 if isinstance(part, ApiError):
                     raise part
                 left -= part.completion is not None
-                yield choice, part
+                yield owned[request], part
         finally:
             for request in owned:
                 del self._owners[request]
@@ -100,8 +100,8 @@ class Engine:
     def drain(self) -> None:
         """From now on no request begins, which those that wait are told; the others go on."""
         self.draining, owners = True, [*self._owners.items()]
-        begun = {c.ask for r, (c, _) in owners if r.blocks or r.logprobs or r.completion}
-        waiting = [request for request, (choice, _) in owners if choice.ask not in begun]
+        begun = {parts for r, parts in owners if r.blocks or r.logprobs or r.completion}
+        waiting = [request for request, parts in owners if parts not in begun]
         if waiting:
             self._post((request, ApiError(503, LEAVING)) for request in waiting)
 
@@ -112,8 +112,7 @@ class Engine:
     def _deliver(self, parts: Iterable[tuple[Request, Piece | ApiError]]) -> None:
         for request, part in parts:
             if request in self._owners:
-                choice, queue = self._owners[request]
-                queue.put_nowait((choice, part))
+                self._owners[request].put_nowait((request, part))
 
     # -- on its own thread ------------------------------------------------------------------------
 
@@ -152,22 +151,19 @@ def _observe(histogram: Counter[str], seconds: float) -> None:
     histogram.update(within, _sum=seconds, _count=1)
 
 
-def _prometheus(stats: Stats, requests: dict, latency: dict, first_token: dict) -> str:
+def _prometheus(stats: Stats, answered: dict, latency: dict, first_token: dict) -> str:
     """What /metrics says."""
-    blocks = {f'{{state="{s}"}}': getattr(stats, f"blocks_{s}") for s in ("used", "cached", "free")}
-    lines: list[str] = []
-    for name, kind, samples, help in (
-        ("requests_total", "counter", requests, "Requests answered; 499: the client left."),
-        ("prompt_tokens_total", "counter", {"": stats.tokens_fed}, "Prompt tokens computed."),
-        ("cached_tokens_total", "counter", {"": stats.cache_hits}, "Prompt tokens remembered."),
-        ("generated_tokens_total", "counter", {"": stats.tokens_generated}, "Tokens drawn."),
-        ("preemptions_total", "counter", {"": stats.preemptions}, "Sequences made to wait again."),
-        ("running", "gauge", {"": stats.running}, "Responses computed at this moment."),
-        ("waiting", "gauge", {"": stats.waiting}, "Responses that wait for their turn."),
-        ("blocks", "gauge", blocks, "Pages of the cache."),
+    rows: list[tuple[str, str, dict, str]] = [
+        ("requests_total", "counter", answered, "Requests answered; 499: the client left."),
         ("request_seconds", "histogram", latency, "From a request to the end of its answer."),
         ("first_token_seconds", "histogram", first_token, "From a request to its first token."),
-    ):
+    ]
+    for name, hint in get_type_hints(Stats, include_extras=True).items():
+        kind, help = hint.__metadata__
+        suffix = "_total" if kind == "counter" else ""
+        rows.append((name + suffix, kind, {"": getattr(stats, name)}, help))
+    lines: list[str] = []
+    for name, kind, samples, help in rows:
         name = f"instructcore_{name}"
         lines += (f"# HELP {name} {help}", f"# TYPE {name} {kind}")
         lines += (f"{name}{suffix} {value}" for suffix, value in samples.items())
@@ -251,9 +247,8 @@ def make_app(engine: Engine, api_key: str = "") -> Callable:
             except Exception as exception:
                 error = as_api_error(exception)
                 response = reply(error.body, error.status, error.headers)
-            took = time.perf_counter() - begin
             response.headers["x-request-id"] = secrets.token_hex(12)
-            response.headers["openai-processing-ms"] = f"{1000 * took:.0f}"
+            response.headers["openai-processing-ms"] = f"{1000 * (time.perf_counter() - begin):.0f}"
             await response(scope, receive, send)
             status = response.status_code
         found = _GENERATE.fullmatch(f"{scope['method']} {scope['path']}")

@@ -21,6 +21,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from itertools import chain, repeat
+from statistics import fmean
 from typing import Any
 from urllib.parse import unquote_plus
 
@@ -47,7 +48,6 @@ _MOST = {int: (1 << 63) - 1, float: 100}  # of a number's size
 # What is not supported may still be given the value that asks for nothing.
 _NEUTRAL: dict[str, Any] = {"suffix": "", "tools": [], "tool_choice": "none", "store": False}
 _NEUTRAL |= {"response_format": {"type": "text"}, "logprobs": False, "best_of": 1}
-_NEUTRAL |= {"modalities": ["text"], "service_tier": "auto", "include_obfuscation": False}
 
 # Errors that are not the request's: their type, and what the client is to do. One that tries again
 # may reach another server after 503, but the same bug after 500.
@@ -164,16 +164,6 @@ class Choice:
     def __init__(self, ask: Ask, index: int, request: Request, shown: list[int]) -> None:
         self.ask, self.index, self.request, self.shown = ask, index, request, shown
         self._stream, self._offset, self._begun = ask.tokenizer.stream(), 0, False
-
-    @property
-    def likelihood(self) -> float:
-        """The mean log-probability of its tokens."""
-        return sum(self.request.logprobs) / max(len(self.request.logprobs), 1)
-
-    def whole(self) -> dict[str, Any]:
-        """All of it, once it is complete, as one piece."""
-        c = self.request.completion
-        return self.take(Piece(0, c.text, c, c.token_ids, c.logprobs, c.top_logprobs or ()))
 
     def take(self, piece: Piece) -> dict[str, Any]:
         """What a piece adds: text, logprobs and finish_reason, and ids where they are wanted."""
@@ -323,10 +313,13 @@ class Ask:
             pass  # the requests keep what has come to them
         made = self.choices
         if self.made > self.shown:  # the likeliest per token come first
-            made = sorted(made, key=lambda choice: (choice.index // self.made, -choice.likelihood))
+            mean = {choice: fmean(choice.request.logprobs or [0.0]) for choice in made}
+            made = sorted(made, key=lambda choice: (choice.index // self.made, -mean[choice]))
         choices = []
         for choice in (choice for i, choice in enumerate(made) if i % self.made < self.shown):
-            part = choice.whole()
+            c = choice.request.completion
+            whole = Piece(0, c.text, c, c.token_ids, c.logprobs, c.top_logprobs or ())
+            part = choice.take(whole)
             if self.chat:
                 text = part.pop("text")
                 part["message"] = {"role": "assistant", "content": text, "refusal": None}

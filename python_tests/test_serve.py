@@ -567,19 +567,19 @@ def test_metrics():
         'requests_total{endpoint="completions",status="400"}': 1,
         'requests_total{endpoint="chat",status="200"}': 1,
         'requests_total{endpoint="other",status="404"}': 1,
-        "prompt_tokens_total": 65 + 1 + 2,  # the second prompt's 4 pages are remembered
-        "cached_tokens_total": 64,
-        "generated_tokens_total": 13,
+        "tokens_fed_total": 65 + 1 + 2,  # the second prompt's 4 pages are remembered
+        "cache_hits_total": 64,
+        "tokens_generated_total": 13,
         "running": 0,
         "waiting": 0,
-        'blocks{state="used"}': 0,
+        "blocks_used": 0,
         "request_seconds_count": 3,
         'request_seconds_bucket{le="+Inf"}': 3,
         "first_token_seconds_count": 3,
     }
     found = {name: float(samples[f"instructcore_{name}"]) for name in expected}
     assert found == expected
-    whole = sum(float(samples[f'instructcore_blocks{{state="{s}"}}']) for s in ("free", "cached"))
+    whole = sum(float(samples[f"instructcore_blocks_{s}"]) for s in ("free", "cached"))
     assert whole >= 64 * CONTEXT / 16
     assert float(samples["instructcore_request_seconds_sum"]) > 0
     client.close()
