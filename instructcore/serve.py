@@ -160,21 +160,14 @@ def _prometheus(stats: Stats, answered: dict, latency: dict, first_token: dict) 
     ]
     for name, hint in get_type_hints(Stats, include_extras=True).items():
         kind, help = hint.__metadata__
-        suffix = "_total" if kind == "counter" else ""
-        rows.append((name + suffix, kind, {"": getattr(stats, name)}, help))
+        ending = "_total" * (kind == "counter")
+        rows.append((name + ending, kind, {"": getattr(stats, name)}, help))
     lines: list[str] = []
     for name, kind, samples, help in rows:
         name = f"instructcore_{name}"
         lines += (f"# HELP {name} {help}", f"# TYPE {name} {kind}")
         lines += (f"{name}{suffix} {value}" for suffix, value in samples.items())
     return "\n".join(lines) + "\n"
-
-
-class _Stream(StreamingResponse):
-    """Events until the last one. Whether the client stays is for the application to watch."""
-
-    async def __call__(self, scope: Any, receive: Callable, send: Callable) -> None:
-        await self.stream_response(send)
 
 
 async def _cancel_if_gone(receive: Callable, answering: asyncio.Task) -> None:
@@ -225,7 +218,7 @@ def make_app(engine: Engine, api_key: str = "") -> Callable:
             first = await anext(parts)
             _observe(first_token, time.perf_counter() - begin)
             if ask.stream:
-                return _Stream(ask.events(first, parts), headers=EVENTS)
+                return StreamingResponse(ask.events(first, parts), headers=EVENTS)
             return reply(await ask.whole(parts))
         raise ApiError(404, f"there is no {route:.100}")
 
@@ -249,7 +242,8 @@ def make_app(engine: Engine, api_key: str = "") -> Callable:
                 response = reply(error.body, error.status, error.headers)
             response.headers["x-request-id"] = secrets.token_hex(12)
             response.headers["openai-processing-ms"] = f"{1000 * (time.perf_counter() - begin):.0f}"
-            await response(scope, receive, send)
+            streams = isinstance(response, StreamingResponse)  # it need not watch the client, too
+            await (response.stream_response(send) if streams else response(scope, receive, send))
             status = response.status_code
         found = _GENERATE.fullmatch(f"{scope['method']} {scope['path']}")
         endpoint = ("chat" if found[1] else "completions") if found else "other"
@@ -285,9 +279,8 @@ def make_server(engine: Engine, api_key: str = "") -> uvicorn.Server:
     server = uvicorn.Server(uvicorn.Config(make_app(engine, api_key), **settings))
 
     def handle_exit(number: int, frame: Any) -> None:
-        if server.should_exit:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+        for ending in (signal.SIGINT, signal.SIGTERM):  # from now on they end it at once
+            signal.signal(ending, signal.SIG_DFL)
         print("finishing what has begun (once more: stop at once)", flush=True)
         server.should_exit = True
         engine.drain()

@@ -42,8 +42,7 @@ _SHARED |= {"return_token_ids": bool} | _SAMPLING
 _CHAT = {"messages": list, "max_completion_tokens": int, "logprobs": bool, "top_logprobs": int}
 _COMPLETION = {"prompt": object, "echo": bool, "logprobs": int, "best_of": int, "raw": bool}
 _MESSAGE = {"role": str, "content": object}
-_DEFAULTS = {"stream": False, "stream_options": {}, "return_token_ids": False, "logprobs": None}
-_DEFAULTS |= {"n": 1, "stop": (), "logit_bias": {}, "echo": False, "raw": False}
+_DEFAULTS = {"n": 1, "stop": (), "stream": False, "echo": False, "raw": False, "logprobs": None}
 _MOST = {int: (1 << 63) - 1, float: 100}  # of a number's size
 # What is not supported may still be given the value that asks for nothing.
 _NEUTRAL: dict[str, Any] = {"suffix": "", "tools": [], "tool_choice": "none", "store": False}
@@ -111,7 +110,8 @@ class Checkpoint:
         self.instructed = is_instructed(scheduler.model)
         self.marker = self.tokenizer.prompt_ids("") if self.instructed else []
         bytes_of = self.tokenizer.token_bytes
-        self.longest = max(len(bytes_of(id)) for id in range(self.tokenizer.vocab_size))
+        longest = max(len(bytes_of(id)) for id in range(self.tokenizer.vocab_size))
+        self.most_text = self.context * longest  # characters: each has a byte at least
 
     def known(self, name: str) -> str:
         """The name, perhaps unquoted, if it is one of the model's."""
@@ -152,10 +152,9 @@ class Checkpoint:
         return [(ids, ids)]
 
     def _check_length(self, text: str, param: str) -> None:
-        """Refuses what cannot fit before work is done on it: a token has so many bytes at most."""
+        """Refuses what cannot fit before work is done on it."""
         message = f"{len(text)} characters exceed the context of {self.context} tokens"
-        fits = len(text) <= self.context * self.longest
-        require(fits, message, param, "context_length_exceeded")
+        require(len(text) <= self.most_text, message, param, "context_length_exceeded")
 
 
 class Choice:
@@ -249,20 +248,19 @@ class Ask:
         try:
             self.choices = self._choices(served, given, field)
         except UserError as error:  # it names a setting, perhaps as a flag, or is about the prompt
-            name, _, rest = str(error).partition(" ")
-            name = name.lstrip("-").replace("-", "_")
+            name, _, rest = str(error).lstrip("-").partition(" ")
+            name = name.replace("-", "_")
             param = name if name in _SHARED else field
             raise ApiError(400, f"{name} {rest:.300}", param) from error
 
     def _shape(self, given: dict[str, Any]) -> None:
         """What the answer is to look like."""
         self.echo, self.stream = given["echo"], given["stream"]
-        self.return_ids, options = given["return_token_ids"], given["stream_options"]
+        self.return_ids, options = given.get("return_token_ids"), given.get("stream_options", {})
         require(self.stream or not options, "stream_options needs stream: true", "stream_options")
         self.usage = _given(options, {"include_usage": bool}, "stream_options").get("include_usage")
 
-        self.shown = given["n"]  # responses per prompt
-        self.made = given.get("best_of", self.shown)
+        self.shown, self.made = given["n"], given.get("best_of", given["n"])  # per prompt
         require(self.made >= self.shown, f"best_of must be at least n, got {self.made}", "best_of")
         require(self.made == self.shown or not self.stream, "a stream has no best_of", "best_of")
 
@@ -276,10 +274,9 @@ class Ask:
 
     def _choices(self, served: Checkpoint, given: dict[str, Any], field: str) -> list[Choice]:
         """What is to be made: `made` responses to one prompt after the other."""
-        said, stop, bias = given[field], given["stop"], given["logit_bias"]
+        said, stop, bias = given[field], given["stop"], given.get("logit_bias", {})
         pairs = served.encode_chat(said) if self.chat else served.encode(said, given["raw"])
-        count = len(pairs) * self.made
-        require(count <= MAX_CHOICES, f"at most {MAX_CHOICES} responses, got {count}", "n")
+        require(len(pairs) * self.made <= MAX_CHOICES, f"at most {MAX_CHOICES} responses", "n")
         few = len(stop) <= 4 and all(len(string) <= MAX_STOP for string in stop)
         require(few, f"stop takes at most 4 strings of {MAX_STOP} characters", "stop")
         limits = [given[name] for name in ("max_completion_tokens", "max_tokens") if name in given]
@@ -290,8 +287,7 @@ class Ask:
         longest = max(len(ids) for ids, _ in pairs)
         room = served.context - longest
         (tokens,) = limits or [max(room, 1) if self.chat else 16]
-        message = f"a prompt of {longest} and a response of {tokens} tokens exceed the context"
-        message += f" of {served.context} tokens"
+        message = f"{longest} tokens and {tokens} to come exceed the context of {served.context}"
         require(tokens <= room, message, field, "context_length_exceeded")
         require(tokens or self.echo, "max_tokens may be 0 only with echo", "max_tokens")
 
@@ -318,8 +314,7 @@ class Ask:
         choices = []
         for choice in (choice for i, choice in enumerate(made) if i % self.made < self.shown):
             c = choice.request.completion
-            whole = Piece(0, c.text, c, c.token_ids, c.logprobs, c.top_logprobs or ())
-            part = choice.take(whole)
+            part = choice.take(Piece(0, c.text, c, c.token_ids, c.logprobs, c.top_logprobs or ()))
             if self.chat:
                 text = part.pop("text")
                 part["message"] = {"role": "assistant", "content": text, "refusal": None}
@@ -335,10 +330,9 @@ class Ask:
             return f"data: {json.dumps(head | {'choices': choices} | usage)}\n\n"
 
         def chunk(choice: Choice, delta: dict[str, Any], **rest: Any) -> str:
+            empty = {"index": choice.index, "logprobs": None, "finish_reason": None}
             said = {"delta": delta} if self.chat else {"text": delta.get("content", "")}
-            return event(
-                {"index": choice.index, "logprobs": None, "finish_reason": None} | said | rest
-            )
+            return event(empty | said | rest)
 
         try:
             for choice in self.choices if self.chat else ():
