@@ -49,8 +49,8 @@ class SamplingParams:
     """
 
     max_tokens: int = option(128, "longest response", unit="tokens", range="[0, inf)")
-    temperature: float = option(1.0, "0 = always the likeliest token", range="[0, inf)")
-    top_k: int = option(0, "only the k likeliest tokens, 0 = all", unit="tokens", range="[0, inf)")
+    temperature: float = option(1.0, "0 = always the likeliest token", range="[0, 1e6]")
+    top_k: int = option(0, "only the k likeliest tokens, 0 = all", unit="tokens", range="[0, 1e9]")
     top_p: float = option(
         1.0, "only the likeliest tokens of this mass together", unit="probability", range="[0, 1]"
     )
@@ -234,8 +234,8 @@ class _Text:
     What may be the beginning of a stop string is held back.
     """
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
-        self._stream, self._stops = tokenizer.stream(), params.stop
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, prompt: list[int]) -> None:
+        self._stream, self._stops = tokenizer.stream(prompt), params.stop
         self._exempt = params.min_tokens
         self._held = ""
         self._pieces: list[str] = []
@@ -424,10 +424,10 @@ class Scheduler:
             check(known, f"{name} must be in 0 .. {config.vocab_size - 1}, got {ids}")
         if not params.ignore_eos:
             stop_ids |= self.eos_ids
-        if params.allowed_token_ids is not None:
-            ends = stop_ids if params.min_tokens else frozenset()
-            some = set(params.allowed_token_ids) - ends
-            check(bool(some), "allowed_token_ids must leave a token to draw")
+        ends = stop_ids if params.min_tokens else frozenset()
+        allowed = params.allowed_token_ids
+        left = config.vocab_size - len(ends) if allowed is None else len({*allowed} - ends)
+        check(left > 0, "min_tokens and allowed_token_ids must leave a token to draw")
         limit = min(params.max_tokens, config.context - len(prompt))
         requests = []
         for sample in range(params.n):
@@ -435,7 +435,7 @@ class Scheduler:
                 seed = int(torch.randint(1 << 62, ()))
             else:
                 seed = mix(params.seed, sample) if sample else params.seed
-            text = _Text(self.tokenizer, params)
+            text = _Text(self.tokenizer, params, prompt)
             rest = (sample, seed, limit, stop_ids, text, list(prompt))
             requests.append(Request(prompt, params, *rest))
         return requests
@@ -485,14 +485,12 @@ class Scheduler:
         return bool(self._waiting or self._running or self._partial)
 
     def stats(self) -> Stats:
-        free, cached, count = 0, 0, 0
-        if self._cache is not None:
-            pages = self._pages
-            free, cached, count = len(pages.free), len(pages.idle), len(pages.holders)
+        pages = _Pages(0) if self._cache is None else self._pages
+        free, cached = len(pages.free), len(pages.idle)
         return Stats(
             running=len(self._running) + (self._partial is not None),
             waiting=len(self._waiting),
-            blocks_used=count - free - cached,
+            blocks_used=len(pages.holders) - free - cached,
             blocks_free=free,
             blocks_cached=cached,
             tokens_generated=self._generated,

@@ -28,8 +28,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import uvicorn
-from starlette.requests import ClientDisconnect
-from starlette.requests import Request as HTTPRequest
+from starlette import requests as http
 from starlette.responses import FileResponse, Response, StreamingResponse
 
 from .config import check, check_options, option
@@ -41,7 +40,6 @@ from .train import load_checkpoint
 MAX_BODY = 8 << 20  # bytes of a request
 BODY_SECONDS = 60  # until it must be here
 SEND_SECONDS = 120  # that a client may take nothing of its answer, however much waits
-LEAVING = "the server is shutting down"
 PAGE = Path(__file__).parent / "static" / "chat.html"
 PAGE_POLICY = "default-src 'none'; connect-src 'self'; img-src data:; frame-ancestors 'none'; "
 PAGE_POLICY += "style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -63,8 +61,7 @@ class Engine:
 
     def __post_init__(self) -> None:
         self.served.scheduler.model.eval()
-        self.draining = False
-        self.stats = self.served.scheduler.stats()  # replaced as a whole by the thread
+        self.draining, self.stats = False, self.served.scheduler.stats()  # the thread's last ones
         self._owners: dict[Request, asyncio.Queue] = {}  # who waits for its pieces
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="generate", daemon=True)
@@ -75,7 +72,7 @@ class Engine:
     async def answer(self, ask: Ask) -> AsyncIterator[Part]:
         """What comes of a request, until all of it is complete; closed, it gives up the rest."""
         if self.draining:
-            raise ApiError(503, LEAVING)
+            raise ApiError(503, "the server is shutting down")
         scheduler, unfinished = self.served.scheduler, [r for r in self._owners if not r.completion]
         if (waiting := len(unfinished) - scheduler.max_batch) >= self.max_queue:
             message = f"the queue is full, {waiting} responses wait: try again later"
@@ -103,7 +100,7 @@ class Engine:
         begun = {parts for r, parts in owners if r.blocks or r.logprobs or r.completion}
         waiting = [request for request, parts in owners if parts not in begun]
         if waiting:
-            self._post((request, ApiError(503, LEAVING)) for request in waiting)
+            self._post([(r, ApiError(503, "the server is shutting down")) for r in waiting])
 
     def close(self) -> None:
         self._inbox.put(None)
@@ -160,8 +157,7 @@ def _prometheus(stats: Stats, answered: dict, latency: dict, first_token: dict) 
     ]
     for name, hint in get_type_hints(Stats, include_extras=True).items():
         kind, help = hint.__metadata__
-        ending = "_total" * (kind == "counter")
-        rows.append((name + ending, kind, {"": getattr(stats, name)}, help))
+        rows.append((name + "_total" * (kind == "counter"), kind, {"": getattr(stats, name)}, help))
     lines: list[str] = []
     for name, kind, samples, help in rows:
         name = f"instructcore_{name}"
@@ -192,7 +188,7 @@ def make_app(engine: Engine, api_key: str = "") -> Callable:
         if api_key and not (right and scheme.lower() == "bearer"):
             raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
 
-    async def respond(request: HTTPRequest, begin: float, stack: AsyncExitStack) -> Response:
+    async def respond(request: http.Request, begin: float, stack: AsyncExitStack) -> Response:
         route = f"{request.method} {request.scope['path']}"
         if route == "GET /":
             return FileResponse(PAGE, headers={"content-security-policy": PAGE_POLICY})
@@ -222,7 +218,7 @@ def make_app(engine: Engine, api_key: str = "") -> Callable:
             return reply(await ask.whole(parts))
         raise ApiError(404, f"there is no {route:.100}")
 
-    async def read(request: HTTPRequest) -> bytes:
+    async def read(request: http.Request) -> bytes:
         """The body. What is too much is read, too, as who still sends hears no answer; not kept."""
         body = bytearray()
         async for part in request.stream():
@@ -230,12 +226,12 @@ def make_app(engine: Engine, api_key: str = "") -> Callable:
         return bytes(body)
 
     async def app(scope: dict, receive: Callable, send: Callable) -> None:
-        request, begin, status = HTTPRequest(scope, receive), time.perf_counter(), 499
+        request, begin, status = http.Request(scope, receive), time.perf_counter(), 499
         async with AsyncExitStack() as stack:
-            stack.enter_context(suppress(asyncio.CancelledError, ClientDisconnect))
+            stack.enter_context(suppress(asyncio.CancelledError, http.ClientDisconnect))
             try:
                 response = await respond(request, begin, stack)
-            except ClientDisconnect:
+            except http.ClientDisconnect:
                 raise
             except Exception as exception:
                 error = as_api_error(exception)

@@ -162,7 +162,8 @@ class Choice:
 
     def __init__(self, ask: Ask, index: int, request: Request, shown: list[int]) -> None:
         self.ask, self.index, self.request, self.shown = ask, index, request, shown
-        self._stream, self._offset, self._begun = ask.tokenizer.stream(), 0, False
+        self._stream = ask.tokenizer.stream(() if ask.echo else request.prompt)
+        self._begun, self._offset = False, 0
 
     def take(self, piece: Piece) -> dict[str, Any]:
         """What a piece adds: text, logprobs and finish_reason, and ids where they are wanted."""
@@ -188,15 +189,14 @@ class Choice:
         return f"bytes:{name}" if spelt and name.encode() != spelt else name
 
     def _logprobs(self, rows: Iterable[tuple]) -> dict[str, Any]:
-        columns = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        table = []
         for id, logprob, top in rows:
             name = self._name(id)
             top = {self._name(other): x for other, x in top.items()} | {name: logprob}
-            row = (name, logprob, None if logprob is None else top, self._offset)
-            for column, value in zip(columns.values(), row, strict=True):
-                column.append(value)
+            table.append((name, logprob, None if logprob is None else top, self._offset))
             self._offset += len(self._stream.feed(id))
-        return columns
+        names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        return dict(zip(names, [*zip(*table, strict=True)] or [()] * 4, strict=True))
 
     def _for_chat(self, rows: Iterable[tuple]) -> dict[str, Any]:
         tokenizer = self.ask.tokenizer
@@ -242,19 +242,7 @@ class Ask:
         names = [name for name in (path, given.get("model")) if name is not None]
         require(names, "model is missing", "model")
         self.model = [served.known(name) for name in names][0]
-        self._shape(given)
-        field = "messages" if chat else "prompt"
-        require(field in given, f"{field} is missing", field)
-        try:
-            self.choices = self._choices(served, given, field)
-        except UserError as error:  # it names a setting, perhaps as a flag, or is about the prompt
-            name, _, rest = str(error).lstrip("-").partition(" ")
-            name = name.replace("-", "_")
-            param = name if name in _SHARED else field
-            raise ApiError(400, f"{name} {rest:.300}", param) from error
 
-    def _shape(self, given: dict[str, Any]) -> None:
-        """What the answer is to look like."""
         self.echo, self.stream = given["echo"], given["stream"]
         self.return_ids, options = given.get("return_token_ids"), given.get("stream_options", {})
         require(self.stream or not options, "stream_options needs stream: true", "stream_options")
@@ -271,6 +259,16 @@ class Ask:
             require(wanted or not given.get(name), f"{name} needs logprobs: true", name)
             self.top = given.get(name, 0) if wanted else None
         require(self.top is None or 0 <= self.top <= most, f"{name} must be in 0 .. {most}", name)
+
+        field = "messages" if chat else "prompt"
+        require(field in given, f"{field} is missing", field)
+        try:
+            self.choices = self._choices(served, given, field)
+        except UserError as error:  # it names a setting, perhaps as a flag, or is about the prompt
+            name, _, rest = str(error).lstrip("-").partition(" ")
+            name = name.replace("-", "_")
+            param = name if name in _SHARED else field
+            raise ApiError(400, f"{name} {rest:.300}", param) from error
 
     def _choices(self, served: Checkpoint, given: dict[str, Any], field: str) -> list[Choice]:
         """What is to be made: `made` responses to one prompt after the other."""

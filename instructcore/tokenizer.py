@@ -197,9 +197,9 @@ class Tokenizer:
         stream = self.stream()
         return "".join(map(stream.feed, ids)) + stream.flush()
 
-    def stream(self, *, begins: bool = True) -> TextStream:
-        """A decoder of ids as they come. Unless they begin a text, their first space is its own."""
-        return TextStream(self, begins)
+    def stream(self, after: Sequence[int] = ()) -> TextStream:
+        """A decoder of ids as they come. After those of a text, a first space is part of it."""
+        return TextStream(self, not after or not self.token_bytes(after[-1]))
 
     def token_bytes(self, id: int) -> _Bytes:
         """The bytes that a token stands for; none for a special token or an id without one."""

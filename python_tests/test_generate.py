@@ -215,7 +215,7 @@ def test_stop_strings_against_brute_force(stop):
         """A tokenizer whose ids are texts."""
 
         def __init__(self):
-            self.stream = lambda: self
+            self.stream = lambda after: self
 
         def feed(self, piece):
             return piece
@@ -236,7 +236,7 @@ def test_stop_strings_against_brute_force(stop):
             if text[:end].endswith(s)
         ]
         expected = text[: sum(min(ends))] if ends else text + "!"
-        taken, stream = [], scheduler._Text(Pieces(), SamplingParams(stop=stop))
+        taken, stream = [], scheduler._Text(Pieces(), SamplingParams(stop=stop), [])
         for i, size in enumerate(sizes):
             start = sum(sizes[:i])
             if stream.feed(text[start : start + size]):
