@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
 import json
 import math
+import random
 import signal
 import socket
 import subprocess
@@ -149,6 +151,46 @@ def test_streams_join_to_the_whole(client):
     (choice,) = client.chat("hi", **fields).json()["choices"]
     assert content == choice["message"]["content"]
     assert chunks[-1]["choices"][0]["finish_reason"] == choice["finish_reason"]
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["completions", "chat"])
+def test_any_stream_joins_to_its_whole(client, chat):
+    """Random requests, streamed and not: texts, log-probabilities, ids, reasons and usage."""
+    chance = random.Random(chat)
+    for _ in range(60):
+        fields = {"temperature": chance.choice((0, 1, 1.5)), "seed": chance.randrange(99)}
+        fields |= {"max_tokens": chance.randint(1, 40), "n": chance.choice((1, 1, 2, 5))}
+        fields |= {
+            "stop": chance.sample(["a", "e", "th", "\ufffd\ufffd", "文"], chance.randint(0, 3))
+        }
+        fields |= {"min_tokens": chance.choice((0, 0, 9)), "ignore_eos": chance.random() < 0.5}
+        fields |= {"return_token_ids": chance.random() < 0.5}
+        if chat:
+            shown = chance.choice((None, 0, 3))
+            fields |= {} if shown is None else {"logprobs": True, "top_logprobs": shown}
+        else:
+            fields |= {"prompt": chance.choice(("héllo", ["a", "文"], [[65, 66], [5]], [9, 200]))}
+            fields |= {"logprobs": chance.choice((None, 0, 3)), "echo": chance.random() < 0.5}
+        ask = functools.partial(client.chat, "hi") if chat else client.complete
+        whole = ask(**fields).json()
+        *chunks, last = events(ask(stream=True, stream_options={"include_usage": True}, **fields))
+        assert last["usage"] == whole["usage"]
+        for choice in whole["choices"]:
+            joined: dict = {"text": "", "ids": [], "logprobs": {}, "reasons": []}
+            for (part,) in (chunk["choices"] for chunk in chunks):
+                if part["index"] == choice["index"]:
+                    joined["text"] += part["delta"].get("content", "") if chat else part["text"]
+                    joined["ids"] += part.get("token_ids", [])
+                    joined["reasons"] += [part["finish_reason"]] if part["finish_reason"] else []
+                    for name, values in (part["logprobs"] or {}).items():
+                        joined["logprobs"][name] = joined["logprobs"].get(name, []) + (values or [])
+            scores = choice["logprobs"] or {}
+            assert joined == {
+                "text": choice["message"]["content"] if chat else choice["text"],
+                "ids": choice.get("token_ids", []),
+                "logprobs": scores | ({"refusal": []} if chat and scores else {}),
+                "reasons": [choice["finish_reason"]],
+            }, fields
 
 
 def test_no_piece_ends_inside_a_character(client):
@@ -359,6 +401,8 @@ BAD = [
     ({"temperature": 10**400}, "temperature"),
     ({"top_p": 1.5}, "top_p"),
     ({"top_k": 10**20}, "top_k"),
+    ({"top_k": 10**12}, "top_k"),
+    ({"min_tokens": 1, "stop_token_ids": list(range(259))}, "min_tokens"),
     ({"n": 0}, "n"),
     ({"n": 129}, "n"),
     ({"n": True}, "n"),
@@ -511,6 +555,42 @@ def test_who_leaves_is_forgotten(monkeypatch, stream, path):
     assert f'requests_total{{endpoint="{kind}",status="499"}} 3' in client.get("/metrics").text
     assert client.complete().status_code == 200
     client.close()
+
+
+def takes_nothing(client, tokens: int) -> socket.socket:
+    """A connection that asks for more than its buffers hold, and reads none of it."""
+    fields = {"messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": 20}
+    fields |= {"model": "toy", "n": 4, "max_tokens": tokens, "ignore_eos": True, "stream": True}
+    data = json.dumps(fields).encode()
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect(("127.0.0.1", client.port))
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n"
+    connection.sendall(head.encode() + data)
+    return connection
+
+
+def test_who_reads_slowly_takes_no_place():
+    """What waits to be sent is made: it is none of those that wait to be computed."""
+    with Client(make_engine(context=1600, max_batch=4, max_queue=0)) as client:
+        with takes_nothing(client, 1500):
+            eventually(lambda: client.engine.stats.running == 4)
+            error(client.complete(), 429, None, "rate_limit_exceeded")
+            eventually(lambda: client.engine.stats.running == 0)
+            assert len(client.engine._owners) == 4  # its connection is open still
+            assert client.complete().status_code == 200
+        eventually(lambda: not client.engine._owners)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="a feature of Linux")
+def test_who_reads_nothing_is_forgotten(monkeypatch):
+    monkeypatch.setattr(serve, "SEND_SECONDS", 0.5)
+    with Client(make_engine(context=4096)) as client:
+        with takes_nothing(client, 4000):
+            eventually(lambda: client.engine.stats.running == 4)
+            eventually(lambda: not client.engine._owners and client.engine.stats.running == 0)
+        assert client.engine.stats.tokens_generated < 4 * 4000
+        assert client.complete().status_code == 200
 
 
 def test_back_pressure(monkeypatch):
