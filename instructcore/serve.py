@@ -1,12 +1,13 @@
 """An OpenAI-compatible server, and a page to chat on: `instructcore serve CKPT`.
 
-    Engine   the scheduler, on the one thread that computes; what waits for it, and how much may
-    _Metrics  what has been counted and timed, for Prometheus
-    make_app  the routes, the errors, and what becomes of a client that leaves
+    Engine       the scheduler, on the one thread that computes; what waits for it, how much may
+    _prometheus  what has been counted and timed
+    make_app     the routes, the errors, and what becomes of a client that leaves
 
 The event loop reads requests and writes answers (`serve_wire` says what they mean); the engine's
 thread takes commands from a queue before every step and sends back what the step has added. The
-requests of a client that leaves are aborted before the next step, running or waiting.
+requests of a client that leaves are aborted before the next step, running or waiting; so are those
+of one that takes nothing of its answer for long.
 """
 
 from __future__ import annotations
