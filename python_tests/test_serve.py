@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import quote_plus
 
 import httpx
 import pytest
@@ -35,7 +36,9 @@ from instructcore.cli import make_parser
 from instructcore.config import unflatten
 from instructcore.errors import UserError
 from instructcore.generate import Generator, SamplingParams, score
-from instructcore.serve import ServeConfig, listen, run
+from instructcore.scheduler import Scheduler
+from instructcore.serve import Engine, ServeConfig, listen, run
+from instructcore.serve_wire import Checkpoint
 
 KEY = {"authorization": "Bearer sesame"}
 
@@ -72,6 +75,17 @@ def test_completion(client):
     sampled = len(own.token_ids)  # 5 bytes and the marker are the prompt's
     usage = {"prompt_tokens": 6, "completion_tokens": sampled, "total_tokens": 6 + sampled}
     assert body["usage"] == usage
+
+
+def test_defaults(client):
+    """OpenAI's: 16 tokens at temperature 1, one response, nothing of it shown twice."""
+    said = {"model": "toy", "prompt": "hello", "ignore_eos": True, "seed": 5}
+    plain = client.post("/v1/completions", json=said).json()
+    assert plain["usage"]["completion_tokens"] == 16
+    spelt = {"max_tokens": 16, "temperature": 1, "top_p": 1, "n": 1, "stream": False}
+    spelt |= {"logprobs": None, "echo": False, "stop": None, "presence_penalty": 0, "best_of": 1}
+    spelt |= {"frequency_penalty": 0, "logit_bias": {}}
+    assert client.post("/v1/completions", json=said | spelt).json()["choices"] == plain["choices"]
 
 
 def test_prompts_as_texts_and_tokens(client):
@@ -363,6 +377,10 @@ def test_models_and_engines(client):
         assert response.json()["model"] == "an/alias"
     assert [e["id"] for e in client.get("/v1/engines").json()["data"]] == NAMES
     assert client.get("/health").json() == {"status": "ok"}
+    spaced = Client(Engine(Checkpoint(Scheduler(make_model(), TOKENIZER), ["my model"])))
+    path = f"/v1/engines/{quote_plus('my model')}/completions"
+    assert spaced.complete(path, model=...).json()["model"] == "my model"
+    spaced.close()
     for response in (
         client.get("/v1/models/gpt-5"),
         client.complete(model="gpt-5"),
@@ -374,7 +392,11 @@ def test_models_and_engines(client):
 def test_api_key():
     client = Client(make_engine(), "sesame")
     assert client.get("/health").status_code == 200
-    assert client.get("/v1/models", headers=KEY).status_code == 200
+    for scheme in ("Bearer", "bearer"):  # schemes have no case
+        headers = {"authorization": f"{scheme} sesame"}
+        assert client.get("/v1/models", headers=headers).status_code == 200
+    big = client.post("/v1/completions", content=b"x" * (9 << 20))  # hears it, too
+    error(big, 401, None, "invalid_api_key")
     for headers in ({}, {"authorization": "Bearer sésame".encode()}, {"authorization": "sesame"}):
         error(client.get("/v1/models", headers=headers), 401, None, "invalid_api_key")
     client.close()
