@@ -168,8 +168,9 @@ def _prometheus(stats: Stats, answered: dict, latency: dict, first_token: dict) 
 
 
 async def _cancel_if_gone(receive: Callable, answering: asyncio.Task) -> None:
-    """Ends an answer where it is when the client leaves: there is no other news of it."""
-    await receive()
+    """Ends an answer where it is when the client leaves."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
     answering.cancel()
 
 

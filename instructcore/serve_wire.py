@@ -109,8 +109,7 @@ class Checkpoint:
         self.tokenizer, self.context = scheduler.tokenizer, scheduler.model.config.context
         self.instructed = is_instructed(scheduler.model)
         self.marker = self.tokenizer.prompt_ids("") if self.instructed else []
-        bytes_of = self.tokenizer.token_bytes
-        longest = max(len(bytes_of(id)) for id in range(self.tokenizer.vocab_size))
+        longest = max(len(self.tokenizer.token_bytes(i)) for i in range(self.tokenizer.vocab_size))
         self.most_text = self.context * longest  # characters: each has a byte at least
 
     def known(self, name: str) -> str:
