@@ -538,6 +538,23 @@ def test_a_bug_is_a_json_error(monkeypatch):
     client.close()
 
 
+def test_a_failed_step_holds_no_pages(monkeypatch):
+    """One that fails between two requests of those it takes in, the first of which has its own."""
+    with Client(make_engine()) as client:
+        find = client.scheduler._next
+
+        def fails(new, like=None):
+            if new:
+                raise MemoryError
+            return find(new, like)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(client.scheduler, "_next", fails)
+            error(client.complete(prompt=["a" * 40, "b"]), 500, None)
+        assert client.engine.stats.blocks_used == 0
+        assert client.complete().status_code == 200
+
+
 def test_no_memory_for_the_cache(monkeypatch):
     """What fails before a step, too, is an error of those who wait, and the next are served."""
 
