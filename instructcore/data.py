@@ -187,12 +187,20 @@ class _Row(NamedTuple):
         fields = message if isinstance(message, dict) else {}
         role = fields.get("role", fields.get("from"))
         text = fields.get("content", fields.get("value"))
+        if _is_list(text, dict) and all(_is_text(part) for part in text):
+            text = "".join(part["text"] for part in text)
         if not isinstance(role, str) or not isinstance(text, str):
-            want = "{role, content} or {from, value}, two strings"
+            want = "{role, content} or {from, value}, two strings (or parts {type: text, text})"
             raise self.error(f"{name} must have {want}, got {_shown(message)}")
         if role not in _ROLES:
             raise self.error(f"{name}: role must be one of {', '.join(_ROLES)}, got {_shown(role)}")
         return Turn(text, role in _ROLES[:2])
+
+
+def _is_text(part: dict) -> bool:
+    """Whether a part of a message is {type: "text", text} and nothing else."""
+    text = part.get("text")
+    return part == {"type": "text", "text": text} and isinstance(text, str)
 
 
 def _demonstration(row: _Row) -> Demonstration:
@@ -384,6 +392,13 @@ def encode_demonstrations(
         rows.append((ids[:context], mask[:context]))
     report_dropped(len(demonstrations) - len(rows), len(demonstrations), "demonstrations", context)
     return rows
+
+
+def encode_conversation(turns: Sequence[Turn], tokenizer: Tokenizer, *, marked: bool) -> list[int]:
+    """Ids of a conversation of any length, which the assistant is to go on with."""
+    said, limits = [Demonstration(tuple(turns), {})], (sys.maxsize, "error")
+    ((ids, _),) = encode_demonstrations(said, tokenizer, *limits, marked=marked)
+    return ids + (tokenizer.prompt_ids("") if marked else [])
 
 
 def report_dropped(

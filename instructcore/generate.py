@@ -21,10 +21,10 @@ from . import ops
 from .config import check, check_new_file, check_options, group, option
 from .data import Prompt, read_prompts
 from .errors import UserError
-from .model import GPT, load
+from .model import GPT
 from .scheduler import Completion, Piece, Request, SamplingParams, Scheduler
 from .tokenizer import Tokenizer
-from .train import choose_device, choose_dtype, mix, resolve_checkpoint
+from .train import load_checkpoint, mix
 
 SCORED_AT_ONCE = 16384  # tokens per forward of `score`
 
@@ -210,10 +210,7 @@ class _Speaker:
     """A generator that takes texts."""
 
     def __init__(self, config: GenerateConfig | ChatConfig) -> None:
-        path = resolve_checkpoint(config.checkpoint)
-        device = choose_device(config.device)
-        model = load(path, dtype=choose_dtype(config.dtype, device), device=device)
-        self.tokenizer = Tokenizer.load(path)
+        model, self.tokenizer = load_checkpoint(config.checkpoint, config.device, config.dtype)
         self.generator = Generator(model, self.tokenizer)
         self.context = model.config.context
         self.instructed = is_instructed(model) and not config.raw

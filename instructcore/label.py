@@ -30,9 +30,7 @@ from .config import check, check_options, group, option
 from .data import Comparison, read_comparisons, read_prompts
 from .errors import UserError
 from .generate import Completion, Generator, SamplingParams, is_instructed
-from .model import load
-from .tokenizer import Tokenizer
-from .train import choose_device, choose_dtype, mix, resolve_checkpoint
+from .train import load_checkpoint, mix
 
 FLAGS = (
     "fails the instruction", "inappropriate for an assistant", "hallucination",
@@ -151,9 +149,8 @@ def run(config: LabelConfig) -> int:
     out = Path(config.out)
     check(out.parent.is_dir(), f"--out {out}: there is no such directory")
     prompts = read_prompts(config.prompts)
-    path, device = resolve_checkpoint(config.checkpoint), choose_device(config.device)
-    model = load(path, dtype=choose_dtype(config.dtype, device), device=device)
-    generator = Generator(model, Tokenizer.load(path))
+    model, tokenizer = load_checkpoint(config.checkpoint, config.device, config.dtype)
+    generator = Generator(model, tokenizer)
     ids = generator.encode(prompts, is_instructed(model))
     ranked = 0
     with opened(out) as (file, held):

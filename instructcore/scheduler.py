@@ -26,7 +26,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import index
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,8 +49,8 @@ class SamplingParams:
     """
 
     max_tokens: int = option(128, "longest response", unit="tokens", range="[0, inf)")
-    temperature: float = option(1.0, "0 = always the likeliest token", range="[0, inf)")
-    top_k: int = option(0, "only the k likeliest tokens, 0 = all", unit="tokens", range="[0, inf)")
+    temperature: float = option(1.0, "0 = always the likeliest token", range="[0, 1e6]")
+    top_k: int = option(0, "only the k likeliest tokens, 0 = all", unit="tokens", range="[0, 1e9]")
     top_p: float = option(
         1.0, "only the likeliest tokens of this mass together", unit="probability", range="[0, 1]"
     )
@@ -132,17 +132,17 @@ class Piece(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """The scheduler at this moment, and what it has done so far."""
+    """The scheduler at this moment (gauges), and what it has done so far (counters)."""
 
-    running: int
-    waiting: int
-    blocks_used: int  # by running sequences
-    blocks_free: int
-    blocks_cached: int  # used by none, but remembered; they are free for the taking, too
-    tokens_generated: int
-    tokens_fed: int  # of prompts, and of what was to be fed again
-    cache_hits: int  # tokens that needed no feeding, since remembered pages held them
-    preemptions: int
+    running: Annotated[int, "gauge", "Responses computed at this moment."]
+    waiting: Annotated[int, "gauge", "Responses that wait for their turn."]
+    blocks_used: Annotated[int, "gauge", "Pages of the cache held by running sequences."]
+    blocks_free: Annotated[int, "gauge", "Pages that hold nothing."]
+    blocks_cached: Annotated[int, "gauge", "Pages held by none, but remembered; free, too."]
+    tokens_generated: Annotated[int, "counter", "Tokens drawn."]
+    tokens_fed: Annotated[int, "counter", "Tokens fed, of prompts and once more after preemption."]
+    cache_hits: Annotated[int, "counter", "Tokens not fed, since remembered pages held them."]
+    preemptions: Annotated[int, "counter", "Sequences made to wait again."]
 
 
 @dataclass(eq=False, slots=True)
@@ -234,8 +234,8 @@ class _Text:
     What may be the beginning of a stop string is held back.
     """
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
-        self._stream, self._stops = tokenizer.stream(), params.stop
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, prompt: list[int]) -> None:
+        self._stream, self._stops = tokenizer.stream(prompt), params.stop
         self._exempt = params.min_tokens
         self._held = ""
         self._pieces: list[str] = []
@@ -387,11 +387,15 @@ class Scheduler:
         ends = {tokenizer.eos_id, *(end if isinstance(end, list) else [end])}
         vocab = range(model.config.vocab_size)
         self.eos_ids = frozenset(id for id in ends if id in vocab)
+        self._generated = self._fed = self._hits = self._preemptions = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all requests and the cache: a step that failed leaves them in no known state."""
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []  # those that are fed a token and draw one, oldest first
         self._partial: Request | None = None  # the one of whose prompt more is to be fed
         self._cache: KVCache | None = None
-        self._generated = self._fed = self._hits = self._preemptions = 0
 
     # -- requests ---------------------------------------------------------------------------------
 
@@ -420,10 +424,10 @@ class Scheduler:
             check(known, f"{name} must be in 0 .. {config.vocab_size - 1}, got {ids}")
         if not params.ignore_eos:
             stop_ids |= self.eos_ids
-        if params.allowed_token_ids is not None:
-            ends = stop_ids if params.min_tokens else frozenset()
-            some = set(params.allowed_token_ids) - ends
-            check(bool(some), "allowed_token_ids must leave a token to draw")
+        ends = stop_ids if params.min_tokens else frozenset()
+        allowed = params.allowed_token_ids
+        left = config.vocab_size - len(ends) if allowed is None else len({*allowed} - ends)
+        check(left > 0, "min_tokens and allowed_token_ids must leave a token to draw")
         limit = min(params.max_tokens, config.context - len(prompt))
         requests = []
         for sample in range(params.n):
@@ -431,7 +435,7 @@ class Scheduler:
                 seed = int(torch.randint(1 << 62, ()))
             else:
                 seed = mix(params.seed, sample) if sample else params.seed
-            text = _Text(self.tokenizer, params)
+            text = _Text(self.tokenizer, params, prompt)
             rest = (sample, seed, limit, stop_ids, text, list(prompt))
             requests.append(Request(prompt, params, *rest))
         return requests
@@ -481,14 +485,12 @@ class Scheduler:
         return bool(self._waiting or self._running or self._partial)
 
     def stats(self) -> Stats:
-        free, cached, count = 0, 0, 0
-        if self._cache is not None:
-            pages = self._pages
-            free, cached, count = len(pages.free), len(pages.idle), len(pages.holders)
+        pages = _Pages(0) if self._cache is None else self._pages
+        free, cached = len(pages.free), len(pages.idle)
         return Stats(
             running=len(self._running) + (self._partial is not None),
             waiting=len(self._waiting),
-            blocks_used=count - free - cached,
+            blocks_used=len(pages.holders) - free - cached,
             blocks_free=free,
             blocks_cached=cached,
             tokens_generated=self._generated,

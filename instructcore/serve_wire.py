@@ -17,21 +17,19 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import re
 import secrets
-import sys
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from itertools import chain, repeat
+from statistics import fmean
 from typing import Any
 from urllib.parse import unquote_plus
 
 from .config import options
-from .data import Demonstration, encode_demonstrations, read_conversation
+from .data import encode_conversation, read_conversation
 from .errors import UserError
 from .generate import is_instructed
 from .scheduler import Piece, Request, SamplingParams, Scheduler
-from .tokenizer import ASSISTANT, EOS
 from .train import mix
 
 MAX_CHOICES = 128  # that a request makes, whether it shows them or not
@@ -43,10 +41,18 @@ _SHARED = {"model": str, "stream": bool, "stream_options": dict, "user": str, "l
 _SHARED |= {"return_token_ids": bool} | _SAMPLING
 _CHAT = {"messages": list, "max_completion_tokens": int, "logprobs": bool, "top_logprobs": int}
 _COMPLETION = {"prompt": object, "echo": bool, "logprobs": int, "best_of": int, "raw": bool}
+_MESSAGE = {"role": str, "content": object}
+_DEFAULTS = {"n": 1, "stop": (), "stream": False, "echo": False, "raw": False, "logprobs": None}
 _MOST = {int: (1 << 63) - 1, float: 100}  # of a number's size
 # What is not supported may still be given the value that asks for nothing.
-_NEUTRAL: dict[str, Any] = {"suffix": "", "tools": [], "tool_choice": "none"}
+_NEUTRAL: dict[str, Any] = {"suffix": "", "tools": [], "tool_choice": "none", "store": False}
 _NEUTRAL |= {"response_format": {"type": "text"}, "logprobs": False, "best_of": 1}
+
+# Errors that are not the request's: their type, and what the client is to do. One that tries again
+# may reach another server after 503, but the same bug after 500.
+_AGAIN = {"retry-after": "1"}
+_ERRORS = {429: ("rate_limit_error", _AGAIN), 503: ("server_error", _AGAIN)}
+_ERRORS |= {500: ("server_error", {"x-should-retry": "false"})}
 
 
 class ApiError(Exception):
@@ -54,8 +60,7 @@ class ApiError(Exception):
 
     def __init__(self, status: int, message: str, param: str = "", code: str = "") -> None:
         super().__init__(message)
-        kind = "server_error" if status >= 500 else "invalid_request_error"
-        kind = "rate_limit_error" if status == 429 else kind
+        kind, self.headers = _ERRORS.get(status, ("invalid_request_error", {}))
         error = {"message": message, "type": kind, "param": param or None, "code": code or None}
         self.status, self.body = status, {"error": error}
 
@@ -83,18 +88,15 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     return float(value) if kind is float else value
 
 
-def _fields(body: bytes, known: dict[str, Any]) -> dict[str, Any]:
-    """What a body says. Null says nothing."""
-    try:
-        fields = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body must be JSON: {error}") from error
-    require(isinstance(fields, dict), "the body must be a JSON object")
+def _given(fields: Any, known: dict[str, Any], within: str = "") -> dict[str, Any]:
+    """What a body says, or an object in it. Null says nothing."""
+    require(isinstance(fields, dict), f"{within or 'the body'} must be a JSON object", within)
     given = {}
-    for name, value in fields.items():
-        if name in known and value is not None:
-            given[name] = _typed(name, value, known[name])
-        elif value not in (None, _NEUTRAL.get(name)):
+    for key, value in fields.items():
+        name = f"{within}.{key:.80}" if within else key[:80]
+        if key in known and value is not None:
+            given[key] = _typed(name, value, known[key])
+        elif value not in (None, _NEUTRAL.get(key)):
             raise ApiError(400, f"{name} is not supported", name, "unsupported_parameter")
     return given
 
@@ -106,16 +108,17 @@ class Checkpoint:
         self.scheduler, self.names, self.created = scheduler, list(names), int(time.time())
         self.tokenizer, self.context = scheduler.tokenizer, scheduler.model.config.context
         self.instructed = is_instructed(scheduler.model)
-        bytes_of = self.tokenizer.token_bytes
-        self.longest = max(len(bytes_of(id)) for id in range(self.tokenizer.vocab_size))
+        self.marker = self.tokenizer.prompt_ids("") if self.instructed else []
+        longest = max(len(self.tokenizer.token_bytes(i)) for i in range(self.tokenizer.vocab_size))
+        self.most_text = self.context * longest  # characters: each has a byte at least
 
     def known(self, name: str) -> str:
         """The name, perhaps unquoted, if it is one of the model's."""
-        for spelling in (name, unquote_plus(name)):
-            if spelling in self.names:
-                return spelling
-        message = f"there is no model {name!r}, but {', '.join(self.names)}"
-        raise ApiError(404, message, "model", "model_not_found")
+        name = name if name in self.names else unquote_plus(name)
+        if name not in self.names:
+            message = f"there is no model {name!r:.80}, but {', '.join(self.names)}"
+            raise ApiError(404, message, "model", "model_not_found")
+        return name
 
     def cards(self, kind: str, name: str | None) -> dict[str, Any]:
         """A description under this name, or under each: of kind "models" or "engines"."""
@@ -128,13 +131,12 @@ class Checkpoint:
     def encode(self, prompt: Any, raw: bool) -> list[tuple[list[int], list[int]]]:
         """(ids, ids without the marker) of a text, of token ids, or of each of several."""
         many = isinstance(prompt, list) and prompt and type(prompt[0]) is not int
-        pairs, marked = [], self.instructed and not raw
+        pairs = []
         for item in prompt if many else [prompt]:
             ids, marker = item, []
             if isinstance(item, str):
                 self._check_length(item, "prompt")
-                ids = self.tokenizer.encode(item)
-                marker = self.tokenizer.prompt_ids("") if marked else []
+                ids, marker = self.tokenizer.encode(item), [] if raw else self.marker
             good = isinstance(ids, list) and all(type(id) is int for id in ids)
             require(good, "prompt must be a string, token ids or a list of either", "prompt")
             pairs.append((ids + marker, ids))
@@ -142,35 +144,16 @@ class Checkpoint:
 
     def encode_chat(self, messages: list) -> list[tuple[list[int], list[int]]]:
         """The same of a conversation, which the assistant is to go on with."""
-        turns = read_conversation([_plain(message) for message in messages])
+        said = [_given(m, _MESSAGE, f"messages[{i}]") for i, m in enumerate(messages)]
+        turns = read_conversation(said)
         self._check_length("".join(turn.text for turn in turns), "messages")
-        # How long it may be depends on the response.
-        said, marked = [Demonstration(tuple(turns), {})], self.instructed
-        limits = (sys.maxsize, "error")
-        ((ids, _),) = encode_demonstrations(said, self.tokenizer, *limits, marked=marked)
-        ids += self.tokenizer.prompt_ids("") if marked else []
+        ids = encode_conversation(turns, self.tokenizer, marked=self.instructed)
         return [(ids, ids)]
 
     def _check_length(self, text: str, param: str) -> None:
-        """Refuses what cannot fit before work is done on it: a token has so many bytes at most."""
+        """Refuses what cannot fit before work is done on it."""
         message = f"{len(text)} characters exceed the context of {self.context} tokens"
-        fits = len(text) <= self.context * self.longest
-        require(fits, message, param, "context_length_exceeded")
-
-
-def _plain(message: Any) -> Any:
-    """A message without what is null, whose content, if it is a list of texts, is their sum."""
-    require(isinstance(message, dict), f"messages must be objects, got {message!r:.80}", "messages")
-    plain = {name: value for name, value in message.items() if value is not None}
-    unknown = ", ".join(sorted(plain.keys() - {"role", "content"}))
-    require(not unknown, f"messages with {unknown} are not supported", "messages")
-    if isinstance(content := plain.get("content"), list):
-        for part in content:
-            good = isinstance(part, dict) and part.keys() == {"type", "text"}
-            good = good and part["type"] == "text" and isinstance(part["text"], str)
-            require(good, "the parts of a message must be {type: text, text}", "messages")
-        plain["content"] = "".join(part["text"] for part in content)
-    return plain
+        require(len(text) <= self.most_text, message, param, "context_length_exceeded")
 
 
 class Choice:
@@ -178,17 +161,8 @@ class Choice:
 
     def __init__(self, ask: Ask, index: int, request: Request, shown: list[int]) -> None:
         self.ask, self.index, self.request, self.shown = ask, index, request, shown
-        self._stream, self._offset, self._begun = ask.tokenizer.stream(), 0, False
-
-    @property
-    def likelihood(self) -> float:
-        """The mean log-probability of its tokens."""
-        return sum(self.request.logprobs) / max(len(self.request.logprobs), 1)
-
-    def whole(self) -> dict[str, Any]:
-        """All of it, once it is complete, as one piece."""
-        c = self.request.completion
-        return self.take(Piece(0, c.text, c, c.token_ids, c.logprobs, c.top_logprobs or ()))
+        self._stream = ask.tokenizer.stream(() if ask.echo else request.prompt)
+        self._begun, self._offset = False, 0
 
     def take(self, piece: Piece) -> dict[str, Any]:
         """What a piece adds: text, logprobs and finish_reason, and ids where they are wanted."""
@@ -209,30 +183,26 @@ class Choice:
         return part
 
     def _name(self, id: int) -> str:
-        """A token as text; where its bytes are none, escaped as OpenAI does."""
-        tokenizer = self.ask.tokenizer
-        spelt = tokenizer.token_bytes(id)
-        if not spelt:
-            return {tokenizer.eos_id: EOS, tokenizer.assistant_id: ASSISTANT}.get(id, f"<|{id}|>")
-        text = spelt.decode("utf-8", "backslashreplace")
-        return text if self.ask.chat or text.encode() == spelt else f"bytes:{text}"
+        """A token as text; where its bytes are none, marked as OpenAI does."""
+        name, spelt = self.ask.tokenizer.token_text(id), self.ask.tokenizer.token_bytes(id)
+        return f"bytes:{name}" if spelt and name.encode() != spelt else name
 
     def _logprobs(self, rows: Iterable[tuple]) -> dict[str, Any]:
-        names, logprobs, likeliest, offsets = [], [], [], []
+        table = []
         for id, logprob, top in rows:
-            names.append(self._name(id))
-            logprobs.append(logprob if logprob is None else _finite(logprob))
-            top = {self._name(other): _finite(x) for other, x in (top or {}).items()}
-            likeliest.append(None if logprob is None else top | {names[-1]: logprobs[-1]})
-            offsets.append(self._offset)
+            name = self._name(id)
+            top = {self._name(other): x for other, x in top.items()} | {name: logprob}
+            table.append((name, logprob, None if logprob is None else top, self._offset))
             self._offset += len(self._stream.feed(id))
-        part: dict[str, Any] = {"tokens": names, "token_logprobs": logprobs}
-        return part | {"top_logprobs": likeliest, "text_offset": offsets}
+        names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        return dict(zip(names, [*zip(*table, strict=True)] or [()] * 4, strict=True))
 
     def _for_chat(self, rows: Iterable[tuple]) -> dict[str, Any]:
+        tokenizer = self.ask.tokenizer
+
         def entry(id: int, logprob: float) -> dict[str, Any]:
-            spelt = list(self.ask.tokenizer.token_bytes(id)) or None
-            return {"token": self._name(id), "logprob": _finite(logprob), "bytes": spelt}
+            spelt = list(tokenizer.token_bytes(id)) or None
+            return {"token": tokenizer.token_text(id), "logprob": logprob, "bytes": spelt}
 
         content = [
             entry(id, logprob) | {"top_logprobs": [entry(*item) for item in top.items()]}
@@ -242,12 +212,10 @@ class Choice:
 
 
 def _rows(ids: Sequence, logprobs: Sequence, tops: Sequence) -> Iterator[tuple]:
-    """(id, log-probability, those of the likeliest) of each token."""
-    return zip(ids, logprobs, tops or repeat({}), strict=False)
-
-
-def _finite(logprob: float) -> float:
-    return max(logprob, -9999.0)  # JSON knows no infinity
+    """(id, log-probability, those of the likeliest) of each token; JSON knows no infinity."""
+    for id, logprob, top in zip(ids, logprobs, tops or repeat({}), strict=False):
+        finite = {other: max(x, -9999.0) for other, x in (top or {}).items()}
+        yield id, logprob and max(logprob, -9999.0), finite
 
 
 Part = tuple[Choice, Piece]
@@ -256,82 +224,77 @@ Part = tuple[Choice, Piece]
 class Ask:
     """A request for completions or chat: what it asks for, and the JSON of its answer.
 
-    `choices` have the requests that the scheduler is to complete. Its user puts what comes of them
-    into `parts`, one (choice, piece) after the other; or an error.
+    `choices` have the requests that the scheduler is to complete. What comes of them, one (choice,
+    piece) after the other, makes the answer.
 
     Raises:
         ApiError: it asks for what cannot be, or for what is not supported.
     """
 
-    def __init__(self, served: Checkpoint, body: bytes, chat: bool, path: str | None) -> None:
-        self.tokenizer, self.chat = served.tokenizer, chat
-        self.parts: asyncio.Queue[Part | Exception] = asyncio.Queue()
-        given = _fields(body, _SHARED | (_CHAT if chat else _COMPLETION))
+    def __init__(self, served: Checkpoint, body: bytes, chat: object, path: str | None) -> None:
+        self.tokenizer, self.chat = served.tokenizer, bool(chat)
+        try:
+            fields = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise ApiError(400, f"the body must be JSON: {error}") from error
+        given = _DEFAULTS | _given(fields, _SHARED | (_CHAT if chat else _COMPLETION))
         names = [name for name in (path, given.get("model")) if name is not None]
         require(names, "model is missing", "model")
         self.model = [served.known(name) for name in names][0]
-        self._shape(given)
-        field = "messages" if chat else "prompt"
-        require(field in given, f"{field} is missing", field)
-        try:
-            self.choices = self._choices(served, given, field)
-        except UserError as error:  # it names a setting, perhaps as a flag, or is about the prompt
-            name, _, rest = str(error).partition(" ")
-            name = name.lstrip("-").replace("-", "_")
-            param = name if name in _SHARED else field
-            raise ApiError(400, f"{name} {rest:.300}", param) from error
 
-    def _shape(self, given: dict[str, Any]) -> None:
-        """What the answer is to look like."""
-        self.return_ids, self.echo = given.get("return_token_ids", False), given.get("echo", False)
-        self.stream, extra = given.get("stream", False), given.get("stream_options", {})
-        require(self.stream or not extra, "stream_options needs stream: true", "stream_options")
-        self.usage = _typed("include_usage", extra.pop("include_usage", False), bool)
-        require(not extra, f"stream_options has unknown {[*extra]}", "stream_options")
+        self.echo, self.stream = given["echo"], given["stream"]
+        self.return_ids, options = given.get("return_token_ids"), given.get("stream_options", {})
+        require(self.stream or not options, "stream_options needs stream: true", "stream_options")
+        self.usage = _given(options, {"include_usage": bool}, "stream_options").get("include_usage")
 
-        self.shown = given.get("n", 1)  # responses per prompt
-        self.made = given.get("best_of", self.shown)
+        self.shown, self.made = given["n"], given.get("best_of", given["n"])  # per prompt
         require(self.made >= self.shown, f"best_of must be at least n, got {self.made}", "best_of")
-        whole = self.made == self.shown or not self.stream
-        require(whole, "best_of cannot choose in a stream", "best_of")
+        require(self.made == self.shown or not self.stream, "a stream has no best_of", "best_of")
 
         # How many of the likeliest tokens to show; None: no log-probabilities at all.
-        self.top, name, most = given.get("logprobs"), "logprobs", 5
+        self.top, name, most = given["logprobs"], "logprobs", 5
         if self.chat:
             wanted, name, most = bool(self.top), "top_logprobs", 20
             require(wanted or not given.get(name), f"{name} needs logprobs: true", name)
             self.top = given.get(name, 0) if wanted else None
         require(self.top is None or 0 <= self.top <= most, f"{name} must be in 0 .. {most}", name)
 
+        field = "messages" if chat else "prompt"
+        require(field in given, f"{field} is missing", field)
+        try:
+            self.choices = self._choices(served, given, field)
+        except UserError as error:  # it names a setting, perhaps as a flag, or is about the prompt
+            name, _, rest = str(error).lstrip("-").partition(" ")
+            name = name.replace("-", "_")
+            param = name if name in _SHARED else field
+            raise ApiError(400, f"{name} {rest:.300}", param) from error
+
     def _choices(self, served: Checkpoint, given: dict[str, Any], field: str) -> list[Choice]:
         """What is to be made: `made` responses to one prompt after the other."""
-        raw = given.get("raw", False)
-        pairs = served.encode_chat(given[field]) if self.chat else served.encode(given[field], raw)
-        count = len(pairs) * self.made
-        require(count <= MAX_CHOICES, f"at most {MAX_CHOICES} responses, got {count}", "n")
-        stop = given.get("stop", ())
+        said, stop, bias = given[field], given["stop"], given.get("logit_bias", {})
+        pairs = served.encode_chat(said) if self.chat else served.encode(said, given["raw"])
+        require(len(pairs) * self.made <= MAX_CHOICES, f"at most {MAX_CHOICES} responses", "n")
         few = len(stop) <= 4 and all(len(string) <= MAX_STOP for string in stop)
         require(few, f"stop takes at most 4 strings of {MAX_STOP} characters", "stop")
         limits = [given[name] for name in ("max_completion_tokens", "max_tokens") if name in given]
         require(len(limits) < 2, "max_tokens twice", "max_tokens")
+        known = all(id.isascii() and id.isdigit() and len(id) < 10 for id in bias)
+        require(known, "logit_bias must map token ids to numbers", "logit_bias")
+
+        longest = max(len(ids) for ids, _ in pairs)
+        room = served.context - longest
+        (tokens,) = limits or [max(room, 1) if self.chat else 16]
+        message = f"{longest} tokens and {tokens} to come exceed the context of {served.context}"
+        require(tokens <= room, message, field, "context_length_exceeded")
+        require(tokens or self.echo, "max_tokens may be 0 only with echo", "max_tokens")
 
         settings = {name: given[name] for name in given.keys() & _SAMPLING.keys()}
-        settings |= {"n": self.made, "top_logprobs": self.top or 0}
-        bias = given.get("logit_bias", {})
-        known = all(re.fullmatch("[0-9]{1,9}", id) for id in bias)
-        require(known, "logit_bias must map token ids to numbers", "logit_bias")
+        settings |= {"n": self.made, "top_logprobs": self.top or 0, "max_tokens": tokens}
+        settings["prompt_logprobs"] = self.echo and (self.top is not None or tokens == 0)
         settings["logit_bias"] = {int(id): _typed("logit_bias", b, float) for id, b in bias.items()}
-        first = settings.get("seed", secrets.randbits(62))
+        first = given.get("seed", secrets.randbits(62))
         choices: list[Choice] = []
         for ids, shown in pairs:
-            room = served.context - len(ids)
-            (tokens,) = limits or [max(room, 1) if self.chat else 16]
-            message = f"a prompt of {len(ids)} and a response of {tokens} tokens exceed the context"
-            message += f" of {served.context} tokens"
-            require(tokens <= room, message, field, "context_length_exceeded")
-            require(tokens or self.echo, "max_tokens may be 0 only with echo", "max_tokens")
-            settings["max_tokens"] = tokens
-            settings["prompt_logprobs"] = self.echo and (self.top is not None or tokens == 0)
             settings["seed"] = mix(first, len(choices)) if choices else first
             requests = served.scheduler.requests(ids, SamplingParams(**settings))
             choices += [Choice(self, len(choices) + i, r, shown) for i, r in enumerate(requests)]
@@ -341,19 +304,18 @@ class Ask:
         """The answer as one object."""
         async for _ in parts:
             pass  # the requests keep what has come to them
-        shown = []
-        for i in range(0, len(self.choices), self.made):
-            group = self.choices[i : i + self.made]
-            if self.made > self.shown:  # the likeliest per token
-                group.sort(key=lambda choice: choice.likelihood, reverse=True)
-            shown += group[: self.shown]
+        made = self.choices
+        if self.made > self.shown:  # the likeliest per token come first
+            mean = {choice: fmean(choice.request.logprobs or [0.0]) for choice in made}
+            made = sorted(made, key=lambda choice: (choice.index // self.made, -mean[choice]))
         choices = []
-        for i, choice in enumerate(shown):
-            part = choice.whole()
+        for choice in (choice for i, choice in enumerate(made) if i % self.made < self.shown):
+            c = choice.request.completion
+            part = choice.take(Piece(0, c.text, c, c.token_ids, c.logprobs, c.top_logprobs or ()))
             if self.chat:
-                content = {"role": "assistant", "content": part.pop("text"), "refusal": None}
-                part["message"] = content
-            choices.append({"index": i} | part)
+                text = part.pop("text")
+                part["message"] = {"role": "assistant", "content": text, "refusal": None}
+            choices.append({"index": len(choices)} | part)
             await asyncio.sleep(0)  # there are others to serve meanwhile
         return self._head() | {"choices": choices} | self._usage()
 
@@ -365,8 +327,8 @@ class Ask:
             return f"data: {json.dumps(head | {'choices': choices} | usage)}\n\n"
 
         def chunk(choice: Choice, delta: dict[str, Any], **rest: Any) -> str:
-            said = {"delta": delta} if self.chat else {"text": delta.get("content", "")}
             empty = {"index": choice.index, "logprobs": None, "finish_reason": None}
+            said = {"delta": delta} if self.chat else {"text": delta.get("content", "")}
             return event(empty | said | rest)
 
         try:

@@ -197,14 +197,21 @@ class Tokenizer:
         stream = self.stream()
         return "".join(map(stream.feed, ids)) + stream.flush()
 
-    def stream(self) -> TextStream:
-        return TextStream(self)
+    def stream(self, after: Sequence[int] = ()) -> TextStream:
+        """A decoder of ids as they come. After those of a text, a first space is part of it."""
+        return TextStream(self, not after or not self.token_bytes(after[-1]))
 
     def token_bytes(self, id: int) -> _Bytes:
         """The bytes that a token stands for; none for a special token or an id without one."""
         if not self._table:
             self._table = self._byte_table()
         return self._table[id] if 0 <= id < len(self._table) else b""
+
+    def token_text(self, id: int) -> str:
+        """A token by itself: a special one by its name, bytes that are no text escaped."""
+        if spelt := self.token_bytes(id):
+            return spelt.decode("utf-8", "backslashreplace")
+        return self._backend.id_to_token(id) or f"<|{id}|>"
 
     def _byte_table(self) -> list[_Bytes]:
         byte_of = {letter: byte for byte, letter in enumerate(_byte_letters())}
@@ -230,10 +237,10 @@ class TextStream:
     held back: the beginning of a character that may yet be completed.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, begins: bool = True):
         self._token_bytes = tokenizer.token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._drop_space = tokenizer._adds_space
+        self._drop_space = begins and tokenizer._adds_space
 
     def feed(self, id: int) -> str:
         """The characters that this id completes, perhaps none."""

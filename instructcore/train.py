@@ -187,6 +187,12 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 # ---- Checkpoints
 
 
+def load_checkpoint(path: str, device: str, dtype: str) -> tuple[GPT, Tokenizer]:
+    """What a command computes with, by its settings --device and --dtype."""
+    where, found = choose_device(device), resolve_checkpoint(path)
+    return load(found, dtype=choose_dtype(dtype, where), device=where), Tokenizer.load(found)
+
+
 @dataclass
 class TrainState:
     """Everything that a checkpoint holds.

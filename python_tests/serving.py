@@ -12,7 +12,9 @@ import httpx
 import torch
 
 from instructcore.model import GPT, ModelConfig
+from instructcore.scheduler import Scheduler
 from instructcore.serve import Engine, listen, make_server
+from instructcore.serve_wire import Checkpoint
 from instructcore.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.bytes()
@@ -29,32 +31,35 @@ def make_model(stage: str = "sft", context: int = CONTEXT) -> GPT:
     return model
 
 
-def make_engine(stage: str = "sft", context: int = CONTEXT, **limits: int) -> Engine:
-    return Engine(make_model(stage, context), TOKENIZER, NAMES, **limits)
+def make_engine(
+    stage: str = "sft", context: int = CONTEXT, max_batch: int = 64, max_queue: int = 256
+) -> Engine:
+    scheduler = Scheduler(make_model(stage, context), TOKENIZER, max_batch=max_batch)
+    return Engine(Checkpoint(scheduler, NAMES), max_queue)
 
 
 def talkative(engine: Engine) -> Engine:
     """The engine, whose model now never ends its answers by itself."""
-    head = engine.model.logits
+    head = engine.served.scheduler.model.logits
 
     def endless(hidden: torch.Tensor) -> torch.Tensor:
         logits = head(hidden)
         logits[:, TOKENIZER.eos_id] = -100.0
         return logits
 
-    engine.model.logits = endless
+    engine.served.scheduler.model.logits = endless
     return engine
 
 
 def slow_down(engine: Engine, seconds: float) -> Engine:
     """The engine, whose steps now take so much longer."""
-    decode = engine.model.decode
+    decode = engine.served.scheduler.model.decode
 
     def sleeps(*arguments) -> torch.Tensor:
         time.sleep(seconds)
         return decode(*arguments)
 
-    engine.model.decode = sleeps
+    engine.served.scheduler.model.decode = sleeps
     return engine
 
 
@@ -66,6 +71,7 @@ class Client(httpx.Client):
         self.port = listener.getsockname()[1]
         super().__init__(base_url=f"http://127.0.0.1:{self.port}", timeout=300, headers=headers)
         self.engine, self.server = engine, make_server(engine, api_key)
+        self.scheduler, self.model = engine.served.scheduler, engine.served.scheduler.model
         arguments = {"sockets": [listener]}
         self.thread = threading.Thread(target=self.server.run, kwargs=arguments, daemon=True)
         self.thread.start()
@@ -135,15 +141,16 @@ def servers_for_clients(key: str) -> Iterator[dict[str, str]]:
     names = ("main", "full", "broken", "breaking", "leaving")
     limits: dict[str, dict] = {"full": {"max_batch": 1, "max_queue": 0}}
     engines = {name: make_engine(context=1024, **limits.get(name, {})) for name in names}
-    head, later = engines["broken"].model.logits, engines["breaking"].model.decode
+    models = {name: engine.served.scheduler.model for name, engine in engines.items()}
+    head, later = models["broken"].logits, models["breaking"].decode
 
     def breaks(tokens, starts, cache) -> torch.Tensor:
         if cache.seqlens.max() > 40:
             raise RuntimeError("this one is meant to break")
         return later(tokens, starts, cache)
 
-    engines["broken"].model.logits = lambda hidden: head(hidden) * float("nan")
-    engines["breaking"].model.decode = breaks
+    models["broken"].logits = lambda hidden: head(hidden) * float("nan")
+    models["breaking"].decode = breaks
     slow_down(engines["full"], 0.005)
     engines["leaving"].drain()
     with ExitStack() as stack:

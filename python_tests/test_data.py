@@ -88,6 +88,15 @@ def write(tmp_path):
             ["s\n\nu", "a", "v", "b"],
         ),
         (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": t} for t in "uv"]},
+                    {"role": "assistant", "content": "a"},
+                ]
+            },
+            ["uv", "a"],
+        ),
+        (
             {"conversations": [{"from": "human", "value": "h"}, {"from": "gpt", "value": "g"}]},
             ["h", "g"],
         ),
@@ -216,6 +225,11 @@ def documents(path):
         (D, [{"messages": []}], r':1: "messages" must be a list of messages, got \[\]'),
         (D, [{"messages": ["hi"]}], r":1: messages, message 1 must have {role"),
         (D, [{"messages": [{"role": "user"}]}], r":1: messages, message 1 must have {role"),
+        (
+            D,
+            [{"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "b": 1}]}]}],
+            r":1: messages, message 1 must have {role, content} .* parts {type: text, text}",
+        ),
         (
             D,
             [{"messages": [{"role": "assistant", "content": "a"}, {"role": "x", "content": "a"}]}],

@@ -215,7 +215,7 @@ def test_stop_strings_against_brute_force(stop):
         """A tokenizer whose ids are texts."""
 
         def __init__(self):
-            self.stream = lambda: self
+            self.stream = lambda after: self
 
         def feed(self, piece):
             return piece
@@ -236,7 +236,7 @@ def test_stop_strings_against_brute_force(stop):
             if text[:end].endswith(s)
         ]
         expected = text[: sum(min(ends))] if ends else text + "!"
-        taken, stream = [], scheduler._Text(Pieces(), SamplingParams(stop=stop))
+        taken, stream = [], scheduler._Text(Pieces(), SamplingParams(stop=stop), [])
         for i, size in enumerate(sizes):
             start = sum(sizes[:i])
             if stream.feed(text[start : start + size]):
@@ -350,6 +350,8 @@ def test_rejects(model):
     for settings, message in (
         ({"temperature": -1.0}, "--temperature must be in"),
         ({"top_p": 2.0}, "--top-p must be in"),
+        ({"temperature": 1e300}, r"--temperature must be in \[0, 1e6\]"),
+        ({"top_k": 10**20}, r"--top-k must be in \[0, 1e9\]"),
         ({"max_tokens": 0}, "--max-tokens must be in"),
         ({"n": 0}, "--n must be in"),
         ({"repetition_penalty": 1e-45}, r"--repetition-penalty must be in \[0.01, 1e6\]"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import io
 import re
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -55,3 +58,32 @@ def test_every_op_has_its_files(op):
     ):
         assert (ROOT / path).exists(), f"{op} lacks {path}"
     assert op in (ROOT / "README.md").read_text(), f"{op} is missing from the README's op table"
+
+
+def code_lines(path: Path) -> int:
+    """Lines of a module that hold code: no blank ones, comments or docstrings."""
+    source, lines = path.read_text(), set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.string.strip() and token.type != tokenize.COMMENT:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        if isinstance(node, documented) and ast.get_docstring(node) is not None:
+            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return len(lines)
+
+
+def test_code_lines(tmp_path):
+    path = tmp_path / "three.py"
+    path.write_text(
+        '"""One."""\n\n# Two.\nx = """a\n\nb"""  # 4, 5 and 6\n\n\ndef f():\n    "Eight."\n'
+    )
+    assert code_lines(path) == 4
+
+
+@pytest.mark.parametrize(
+    ("files", "most"), [(("scheduler",), 650), (("serve", "serve_wire"), 500)], ids=str
+)
+def test_size(files, most):
+    """What is to stay small enough to be read at one go."""
+    assert sum(code_lines(ROOT / "instructcore" / f"{name}.py") for name in files) <= most

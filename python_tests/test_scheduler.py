@@ -438,6 +438,9 @@ def test_rejects(model):
     ):
         with pytest.raises(UserError, match=message):
             scheduler.add([1], SamplingParams(**params))
+    whole = {"stop_token_ids": tuple(range(259)), "min_tokens": 1}
+    with pytest.raises(UserError, match="min_tokens and allowed_token_ids must leave a token"):
+        scheduler.add([1], SamplingParams(**whole))
     for params, message in (
         ({"logit_bias": {1: math.inf}}, "logit_bias must be finite"),
         ({"top_logprobs": 21}, r"top_logprobs must be in 0 \.\. 20, got 21"),

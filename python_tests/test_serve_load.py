@@ -66,7 +66,7 @@ def test_200_streams_half_cancelled(full):
     """
     rounds, chance = (50 if full else 3), random.Random(0)
     engine = make_engine(max_batch=64, max_queue=400)
-    generator = Generator(engine.model, TOKENIZER)
+    generator = Generator(engine.served.scheduler.model, TOKENIZER)
     alone: dict[int, list[str]] = {}
     for i in range(200):
         fields = body(i) | {"stop": tuple(body(i)["stop"])}
@@ -85,10 +85,10 @@ def test_200_streams_half_cancelled(full):
         sizes = []
         for _ in range(rounds):
             assert 50 < asyncio.run(round()) < 150
-            eventually(lambda: engine.load == 0 and not engine._scheduler.busy)
+            eventually(lambda: not engine._owners and not engine.served.scheduler.busy)
             eventually(lambda: engine.stats.running == engine.stats.waiting == 0)
-            assert engine.stats.blocks_used == 0 and not engine._owners
-            assert sum(engine._scheduler._pages.holders) == 0
+            assert engine.stats.blocks_used == 0
+            assert sum(engine.served.scheduler._pages.holders) == 0
             sizes.append(resident())
         later = sizes[len(sizes) // 2 :]
         assert max(later) - later[0] < 8 << 20, sizes
@@ -140,7 +140,7 @@ def test_malformed_requests(full):
             response = client.post("/v1/completions", content=nest * 200_000)
             assert response.status_code == 400
         assert client.complete().json()["choices"] == before
-        assert client.engine.stats.blocks_used == client.engine.load == 0
+        assert client.engine.stats.blocks_used == len(client.engine._owners) == 0
 
 
 @pytest.mark.parametrize("junk", ["noise", "cut", "slow"])
@@ -164,7 +164,7 @@ def test_connections_that_misbehave(junk):
                 connection.sendall((head + good)[: (1, len(head) + 1, None)[i % 3]])
                 held.append(connection)
         assert client.complete().json()["choices"] == before
-        eventually(lambda: client.engine.stats.running == client.engine.load == 0)
+        eventually(lambda: client.engine.stats.running == len(client.engine._owners) == 0)
         assert client.engine.stats.blocks_used == 0
         for connection in held:
             connection.close()

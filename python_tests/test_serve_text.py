@@ -21,7 +21,7 @@ class Parts:
     def __init__(self, parts: Sequence[bytes]) -> None:
         self.token_bytes = parts.__getitem__
 
-    def stream(self) -> TextStream:
+    def stream(self, after=()) -> TextStream:
         return TextStream(self)
 
 
@@ -32,7 +32,7 @@ def wanted(stop: tuple[str, ...], min_tokens: int) -> SamplingParams:
 
 def spoken(parts: Sequence[bytes], stop: Iterable[str] = (), min_tokens: int = 0) -> list[str]:
     """The pieces that a stream shows: after each part, and what is left for the end."""
-    text, pieces = _Text(Parts(parts), wanted(tuple(stop), min_tokens)), []
+    text, pieces = _Text(Parts(parts), wanted(tuple(stop), min_tokens), []), []
     for i in range(len(parts)):
         stopped = text.feed(i)
         pieces.append(text.take())
@@ -136,7 +136,7 @@ def test_pieces_come_as_soon_as_they_may():
     assert spoken([b"E", b"N", b"x", b"END!"], ["END"]) == ["", "", "ENx", "", ""]
     assert spoken([b"EN", b"END"], ["END"]) == ["", "EN", ""]
     tokenizer = Tokenizer.bytes()
-    text = _Text(tokenizer, SamplingParams())
+    text = _Text(tokenizer, SamplingParams(), [])
     for id in (*"文".encode(), tokenizer.eos_id):
         text.feed(id)
     assert text.finish() == "文"

@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from instructcore.errors import UserError
+from instructcore.scheduler import SamplingParams, _Text
 from instructcore.tokenizer import ASSISTANT, EOS, PAD, Tokenizer
 
 TEXTS = [
@@ -174,6 +175,34 @@ def test_stream_of_bpe(bpe):
         stream = bpe.stream()
         pieces = [stream.feed(id) for id in bpe.encode(text)]
         assert "".join(pieces) == text and stream.flush() == ""
+
+
+def test_a_first_space_after_a_text_is_part_of_it(tmp_path):
+    """Llama 2 puts a space before a text, which is none of it; between two words it is."""
+    foreign("llama").save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path)
+    tokenizer.add_specials()
+    prompt, response = tokenizer.encode("the weather"), tokenizer.encode("is warm")
+    assert tokenizer.token_bytes(response[0]).startswith(b" ")
+    asked = [*prompt, tokenizer.assistant_id]  # whose answer is a text of its own
+    for before, rest in ((prompt, " is warm"), ([], "is warm"), (asked, "is warm")):
+        stream = tokenizer.stream(before)
+        assert "".join(map(stream.feed, response)) == rest
+        text = _Text(tokenizer, SamplingParams(), before)
+        for id in response:
+            text.feed(id)
+        assert text.finish() == rest
+
+
+def test_tokens_by_themselves(bpe):
+    """As text, with what is none escaped; special tokens by their names."""
+    bytes_ = Tokenizer.bytes()
+    assert [bytes_.token_text(id) for id in b"a\n"] == ["a", "\n"]
+    assert bytes_.token_text(0xE6) == "\\xe6"
+    for tokenizer in (bytes_, bpe):
+        specials = (tokenizer.pad_id, tokenizer.eos_id, tokenizer.assistant_id)
+        assert [tokenizer.token_text(id) for id in specials] == [PAD, EOS, ASSISTANT]
+        assert tokenizer.token_text(10**6) == "<|1000000|>"
 
 
 @pytest.mark.parametrize("style", ["gpt2", "llama", "qwen"])
