@@ -427,6 +427,9 @@ def test_trl_head():
         assert error <= 2 * EPS[torch.float32] * 2 * lse.abs().max()
     with torch.autocast("cpu", torch.bfloat16):
         low = apply(hidden, weight, None, targets, 1.0, 8, outputs=())[0]
+        mean = apply(hidden, weight, None, targets, 1.0, 8)[3]
+    mean_of_rounded = (hidden.bfloat16().float() @ weight.T).mean(-1)
+    torch.testing.assert_close(mean, mean_of_rounded, rtol=1e-5, atol=1e-5)
     assert_same_bits(low, apply(hidden.bfloat16(), weight, None, targets, 1.0, 8, outputs=())[0])
     wide = apply(hidden, weight.bfloat16(), None, targets, 1.0, 8, outputs=())[0]
     assert_same_bits(

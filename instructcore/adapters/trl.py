@@ -75,7 +75,8 @@ class ChunkedLogProbFunction:
                 squares = linear_token_logprobs(*arguments, **how).lse - 2 * found.lse
             if "mean_logits" in outputs:
                 shift = 0.0 if bias is None else bias.float().mean()
-                mean = (hidden.float() @ weight.float().mean(0) + shift) / scale
+                row = weight.mean(0, dtype=torch.float32)  # a product would be rounded by autocast
+                mean = ((hidden * row).sum(-1) + shift) / scale
         top1 = found.top1 if "is_top1" in outputs else None
         return found.logprobs, found.entropy, squares, mean, top1
 
