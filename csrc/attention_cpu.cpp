@@ -334,9 +334,11 @@ class ForwardTask {
 
   int64_t head_of(int64_t row) const { return kv_head_ * s_.group + row % s_.group; }
 
-  // The keys of a block from `key` on that a row sees, counted from there.
+  // The keys of a block from `key` on that a row sees, counted from there; 0 to n_keys even where
+  // it sees none, for softmax() writes up to begin and from end on.
   Span seen_by(int64_t row, int64_t key, int64_t n_keys) const {
-    return {larger(0, s_.first_seen(row) - key), smaller(n_keys, s_.end_seen(row) - key)};
+    const auto within = [&](int64_t k) { return smaller(n_keys, larger(0, k - key)); };
+    return {within(s_.first_seen(row)), within(s_.end_seen(row))};
   }
 
   // The packed block of n_keys keys from `key` on, for `rows` rows from r, the i-th of this task.

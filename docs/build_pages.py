@@ -34,6 +34,7 @@ COPIES = {
     "CHANGELOG.md": "changelog.md",
     "bench/LOG.md": "log.md",
     "bench/results/clients.md": "clients.md",
+    "bench/results/suites.md": "suites.md",
 }
 OPS = [
     name

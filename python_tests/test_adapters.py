@@ -12,10 +12,10 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerance import assert_close, assert_same_bits
+from tolerance import EPS, assert_close, assert_same_bits
 
 from instructcore import adapters
-from instructcore.adapters import cleanrl, flash_attn, liger, torchrl, trl, verl
+from instructcore.adapters import cce, cleanrl, flash_attn, liger, torchrl, trl, verl
 
 # Where each library keeps what we stand in for, and how it is called there.
 WITH_KVCACHE = (
@@ -70,6 +70,13 @@ FOREIGN = {
         "liger_kernel.transformers.fused_linear_cross_entropy.LigerFusedLinearCrossEntropyLoss": (
             f"ce_{LIGER}accum_dtype=None, use_token_scaling=False, return_token_accuracy=False, "
             "return_predicted_tokens=False"
+        ),
+    },
+    cce: {
+        "cut_cross_entropy.linear_cross_entropy.linear_cross_entropy": (
+            "e, c, targets, bias=None, ignore_index=-100, softcap=None, reduction='mean', shift=0, "
+            "return_lse=False, filter_eps='auto', accum_e_fp32=False, accum_c_fp32=False, "
+            "filter_e_grad=True, filter_c_grad=True, impl='cce', vocab_parallel_options=None"
         ),
     },
     torchrl: {
@@ -139,9 +146,9 @@ def test_replaces_and_restores(adapter, monkeypatch):
 def test_foreign_libraries_are_imported_by_their_adapter_alone():
     code = (
         "import sys, instructcore.adapters\n"
-        "from instructcore.adapters import cleanrl, flash_attn, liger, torchrl, trl, verl\n"
+        "from instructcore.adapters import cce, cleanrl, flash_attn, liger, torchrl, trl, verl\n"
         "foreign = {'transformers', 'flash_attn', 'trl', 'verl', 'liger_kernel', 'torchrl'}\n"
-        "print(foreign & set(sys.modules))"
+        "print((foreign | {'cut_cross_entropy'}) & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
@@ -286,6 +293,23 @@ class TestFlashAttn:
         assert_same_bits(paged, out)
 
 
+def test_flash_attn_head_dims_between_multiples_of_8():
+    """With the scale of the head dim as it is given."""
+    q, k, v = torch.randn(1, 5, 4, 20), torch.randn(1, 9, 2, 20), torch.randn(1, 9, 2, 20)
+    cu_q, cu_k = torch.tensor([0, 5]).int(), torch.tensor([0, 9]).int()
+    dense = {"causal": True, "return_attn_probs": True}
+    compare(
+        lambda q, k, v: flash_attn.flash_attn_func(q, k, v, **dense)[:2],
+        lambda q, k, v: softmax_attention(q, k, v, causal=True),
+        *(q, k, v),
+    )
+    compare(
+        lambda q, k, v: flash_attn.flash_attn_varlen_func(q, k, v, cu_q, cu_k, 5, 9, **dense)[:2],
+        lambda q, k, v: tuple(x[0] for x in softmax_attention(q[None], k[None], v[None], True)),
+        *(q[0], k[0], v[0]),
+    )
+
+
 def test_flash_attn_rotary():
     """Pairs (2i, 2i + 1) by default; positions count from cache_seqlens."""
     angles = torch.rand(8, 8) * 3
@@ -389,15 +413,29 @@ def test_trl_head():
     assert rest == [None] * 4
     top1 = apply(hidden, weight, None, targets, 1.0, 8, outputs=("is_top1",))[4]
     assert torch.equal(top1, (hidden @ weight.T).argmax(1) == targets)
+    for b in (None, bias):  # every output, which is the default; of p, the logits' probabilities
+        leaf = hidden.clone().requires_grad_()
+        squares, mean = apply(leaf, weight, b, targets, 1.4, 8, None, 2.0)[2:4]
+        assert not squares.requires_grad and not mean.requires_grad
+        native, truth = (
+            (hidden.to(dtype) @ weight.to(dtype).T + (0 if b is None else b)) / 0.7
+            for dtype in (torch.float32, torch.float64)
+        )
+        assert_close(mean, native.mean(-1), truth.mean(-1))
+        lse = truth.logsumexp(-1)  # the difference of two numbers of about twice its size
+        error = (squares - (2 * truth).logsumexp(-1) + 2 * lse).abs().max()
+        assert error <= 2 * EPS[torch.float32] * 2 * lse.abs().max()
     with torch.autocast("cpu", torch.bfloat16):
         low = apply(hidden, weight, None, targets, 1.0, 8, outputs=())[0]
+        mean = apply(hidden, weight, None, targets, 1.0, 8)[3]
+    mean_of_rounded = (hidden.bfloat16().float() @ weight.T).mean(-1)
+    torch.testing.assert_close(mean, mean_of_rounded, rtol=1e-5, atol=1e-5)
     assert_same_bits(low, apply(hidden.bfloat16(), weight, None, targets, 1.0, 8, outputs=())[0])
     wide = apply(hidden, weight.bfloat16(), None, targets, 1.0, 8, outputs=())[0]
     assert_same_bits(
         wide, apply(hidden, weight.bfloat16().float(), None, targets, 1.0, 8, outputs=())[0]
     )
     for wrong, given in {
-        "outputs must be left out.*got log_sum_sq_probs, mean_logits": {},
         "final_logit_softcapping must be None, got 30.0": {"final_logit_softcapping": 30.0},
         "logit_scale must be above 0, got 0.0": {"logit_scale": 0.0},
     }.items():
@@ -412,9 +450,10 @@ def test_trl_head_is_theirs():
         pytest.skip("trl is older than 1.16")
     models = [make("llama", "sdpa") for _ in range(2)]
     padded = inputs("padded")
+    outputs = ("log_probs", "entropy", "is_top1", "mean_logits", "log_sum_sq_probs")
     found = []
     for ours, model in zip((False, True), models, strict=True):
-        utils.add_fused_lm_head(model, 0.7, outputs=("log_probs", "entropy", "is_top1"))
+        utils.add_fused_lm_head(model, 0.7, outputs=outputs)
         if ours:
             assert any("ChunkedLogProbFunction" in line for line in trl.use())
         try:
@@ -424,7 +463,7 @@ def test_trl_head_is_theirs():
                 trl.restore()
         (out.loss + out.entropy.mean()).backward()
         grads = torch.cat([p.grad.flatten() for p in model.parameters()])
-        found.append((out.log_probs, out.entropy, out.is_top1, grads))
+        found.append([*(getattr(out, name) for name in outputs), grads])
     for theirs, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
@@ -475,6 +514,53 @@ def test_verl_gae():
         verl.compute_gae_advantage_return(
             rewards, values, torch.eye(3, 9)[:1].expand(3, 9) * torch.eye(3)[:, :1], 0.9, 0.8
         )
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_cce(reduction, shift):
+    targets = torch.randint(33, (2, 7))
+    targets[0, 3] = targets[1, 0] = -7
+    kept = targets[:, shift:].flatten()
+
+    def plain(e, c, bias, softcap=None):
+        logits = e[:, : 7 - shift].flatten(0, 1) @ c.T + bias
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        loss = F.cross_entropy(logits, kept, ignore_index=-7, reduction=reduction)
+        lse = logits.logsumexp(-1).masked_fill(kept == -7, 0.0).view(2, -1)
+        return loss.view(lse.shape) if reduction == "none" else loss, lse
+
+    shapes = (2, 7, 16), (33, 16), (33,)
+    leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    how = {"ignore_index": -7, "reduction": reduction, "shift": shift}
+    for softcap in (None, 2.0):
+        both = {**how, "softcap": softcap, "return_lse": True}
+        found = []
+        for result in (
+            cce.linear_cross_entropy(*leaves[:2], targets, leaves[2], **both),
+            plain(*leaves, softcap),
+        ):
+            total = sum((x * (1 + torch.arange(x.numel()).view(x.shape))).sum() for x in result)
+            found.append([*result, *torch.autograd.grad(total, leaves)])
+        for ours, theirs in zip(*found, strict=True):  # lse and its gradient are sums of the
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)  # loss's and a logit's
+    compare(
+        lambda e, c, b: cce.linear_cross_entropy(e, c, targets.int(), b, **how),
+        lambda e, c, b: plain(e, c, b)[0],
+        *leaves,
+    )
+
+
+def test_cce_refuses():
+    e, c, targets = torch.randn(2, 7, 16), torch.randn(33, 16), torch.randint(33, (2, 7))
+    with pytest.raises(NotImplementedError, match="vocab_parallel_options must be None, the voc"):
+        cce.linear_cross_entropy(e, c, targets, vocab_parallel_options="some")
+    for shift in (-1, 7):
+        with pytest.raises(ValueError, match=rf"shift must be in \[0, 7\), got {shift}"):
+            cce.linear_cross_entropy(e, c, targets, shift=shift)
+    for lse in (False, True):
+        with pytest.raises(ValueError, match="linear_cross_entropy: reduction must be"):
+            cce.linear_cross_entropy(e, c, targets, reduction="batch", return_lse=lse)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

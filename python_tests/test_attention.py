@@ -133,6 +133,14 @@ def test_matches_reference_in_16_bits(device, shape, name):
     check_forward(*inputs(shape, dtype, device), settings(name, shape, device))
 
 
+@pytest.mark.parametrize("window", [None, (5, 0)], ids=["before", "before_and_after"])
+def test_tiles_whose_first_rows_end_before_a_block(window, isa):
+    """By more than a vector, where the last rows see keys of the block, or by their window begin
+    after one that the first rows see: a row without a key there writes nothing beside the tile."""
+    shape = (1, 768, 776, 8, 8, 64)  # queries as many as a task has, and out of step with the keys
+    check_forward(*inputs(shape, torch.bfloat16), {"window": window})
+
+
 def test_same_bits_in_16_bits(device, threads):
     """A query's bits come from its own keys alone: across tiles and segments of them too."""
     q, k, v = inputs((2, 600, 600, 4, 2, 64), torch.bfloat16, device)

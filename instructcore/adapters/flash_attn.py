@@ -4,14 +4,22 @@ Always deterministic, whatever `deterministic` says. Gradients flow through the 
 """
 
 import torch
+import torch.nn.functional as F
 
 from instructcore.ops import attention, attention_paged_, attention_varlen
 
 from . import refuse, replacing
 
 
-def _settings(causal, scale, window_size, softcap, alibi_slopes) -> dict:
+def _eights(*tensors):
+    """Head dims filled up to a multiple of 8, as theirs are."""
+    more = -tensors[0].shape[-1] % 8
+    return [F.pad(x, (0, more)) for x in tensors] if more else tensors
+
+
+def _settings(dim, causal, scale, window_size, softcap, alibi_slopes) -> dict:
     window = tuple(None if side < 0 else side for side in window_size)
+    scale = dim**-0.5 if scale is None else scale
     settings = dict(causal=causal, scale=scale, window=window, softcap=softcap)
     return dict(**settings, alibi_slopes=alibi_slopes, return_lse=True)
 
@@ -22,8 +30,9 @@ def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, wi
     """q (B, T, H, D), k and v (B, S, K, D) -> out, or (out, lse (B, H, T), empty): theirs has no
     probabilities without dropout either."""
     refuse("flash_attn_func", dropout_p=(dropout_p, "0, as the kernels have no dropout"))
-    settings = _settings(causal, softmax_scale, window_size, softcap, alibi_slopes)
-    out, lse = attention(q, k, v, **settings)
+    settings = _settings(q.shape[-1], causal, softmax_scale, window_size, softcap, alibi_slopes)
+    out, lse = attention(*_eights(q, k, v), **settings)
+    out = out[..., : q.shape[-1]]
     return (out, lse, out.new_empty(0)) if return_attn_probs else out
 
 
@@ -37,10 +46,11 @@ def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, ma
     refuse(op, dropout_p=(dropout_p, "0, as the kernels have no dropout"))
     paged = block_table is not None and trained and torch.is_grad_enabled()
     refuse(op, block_table=(paged and "one", "None where gradients are to flow"))
-    settings = _settings(causal, softmax_scale, window_size, softcap, alibi_slopes)
+    settings = _settings(q.shape[-1], causal, softmax_scale, window_size, softcap, alibi_slopes)
     if block_table is None:
         settings["max_seqlen_k"] = int(max_seqlen_k)
-        out, lse = attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **settings)
+        out, lse = attention_varlen(*_eights(q, k, v), cu_seqlens_q, cu_seqlens_k, **settings)
+        out = out[..., : q.shape[-1]]
     else:
         held = cu_seqlens_k.diff()
         out, lse = attention_paged_(q, k, v, block_table, held, cu_seqlens_q, **settings)
@@ -67,7 +77,7 @@ def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, rotary_cos=None
     k, v = (None if x is None else x.flatten(0, 1) for x in (k, v))
     cos, sin = (None if x is None else x.float() for x in (rotary_cos, rotary_sin))
     cu_seqlens = torch.arange(0, batch * length + 1, length, **like)
-    settings = _settings(causal, softmax_scale, window_size, softcap, alibi_slopes)
+    settings = _settings(q.shape[-1], causal, softmax_scale, window_size, softcap, alibi_slopes)
     settings |= dict(k_new=k, v_new=v, cos=cos, sin=sin, interleaved=rotary_interleaved)
     arguments = (q.flatten(0, 1), k_cache, v_cache, block_table, held.expand(batch), cu_seqlens)
     out, lse = attention_paged_(*arguments, **settings)

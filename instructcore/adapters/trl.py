@@ -54,31 +54,33 @@ class ChunkedLogProbFunction:
               logit_scale=1.0,
               outputs=("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")):  # fmt: skip
         """hidden (N, C), weight (V, C), bias (V,), targets (N,) -> (log-probabilities, entropies,
-        None, None, whether the target is the argmax), None where `outputs` does not name it.
+        log of the sum of p^2, mean of the logits, whether the target is the argmax), None where
+        `outputs` does not name it; no gradient through the last three. log_sum_sq_probs takes a
+        second pass of the head, at half the temperature, and mean_logits a read of the weight.
         `chunk_size` changes nothing: `linear_token_logprobs` cuts as it does."""
-        op, must = "ChunkedLogProbFunction", "left out: no kernel has it"
+        op = "ChunkedLogProbFunction"
         refuse(op, final_logit_softcapping=(final_logit_softcapping, "None"))
         refuse(op, logit_scale=(None if logit_scale > 0 else str(logit_scale), "above 0"))
-        extra = [name for name in ("log_sum_sq_probs", "mean_logits") if name in outputs]
-        refuse(op, outputs=(", ".join(extra) or None, must))
         where = hidden.device.type
         if torch.is_autocast_enabled(where):
             hidden = hidden.to(torch.get_autocast_dtype(where))
         if weight.dtype not in (hidden.dtype, torch.float32):
             weight = weight.to(hidden.dtype)
-        how = {"temperature": temperature / logit_scale, "entropy": "entropy" in outputs}
-        found = linear_token_logprobs(hidden, weight, targets.long(), bias=bias, **how)
+        how, scale = {"bias": bias, "entropy": "entropy" in outputs}, temperature / logit_scale
+        arguments, squares, mean = (hidden, weight, targets.long()), None, None
+        found = linear_token_logprobs(*arguments, temperature=scale, **how)
+        with torch.no_grad():
+            if "log_sum_sq_probs" in outputs:
+                how |= {"temperature": scale / 2, "entropy": False}
+                squares = linear_token_logprobs(*arguments, **how).lse - 2 * found.lse
+            if "mean_logits" in outputs:
+                shift = 0.0 if bias is None else bias.float().mean()
+                row = weight.mean(0, dtype=torch.float32)  # a product would be rounded by autocast
+                mean = ((hidden * row).sum(-1) + shift) / scale
         top1 = found.top1 if "is_top1" in outputs else None
-        return found.logprobs, found.entropy, None, None, top1
+        return found.logprobs, found.entropy, squares, mean, top1
 
 
-use, restore = replacing(
-    {
-        "trl.trainer.utils": (
-            selective_log_softmax,
-            entropy_from_logits,
-            selective_log_softmax_and_entropy,
-        ),
-        "trl.kernels.chunked_logprob": (ChunkedLogProbFunction,),  # from TRL 1.16 on
-    }
-)
+_ours = (selective_log_softmax, entropy_from_logits, selective_log_softmax_and_entropy)
+_head = {"trl.kernels.chunked_logprob": (ChunkedLogProbFunction,)}  # from TRL 1.16 on
+use, restore = replacing({"trl.trainer.utils": _ours, **_head})
