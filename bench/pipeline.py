@@ -2,6 +2,7 @@
 
     python bench/pipeline.py pretrain --text tinyshakespeare.txt --nanogpt CHECKOUT
     python bench/pipeline.py sft --pairs gsm8k_train.jsonl --trl PYTHON
+    python bench/pipeline.py ppo --pairs gsm8k_train.jsonl --trl PYTHON
 
 pretrain: nanoGPT's setting for a CPU (bytes, 4 layers, 4 heads, 128 wide, 64 tokens, batch 12) by
 its own train.py and by `instructcore pretrain`: seconds of the whole process, data, evaluation and
@@ -12,7 +13,13 @@ sft: a 6.7 M parameter Llama shape on prompt-completion pairs, batches of 16, by
 and by `instructcore sft`: training tokens a second after the first five steps, padding not counted.
 PYTHON is one that has TRL; the same tokenizer and initial weights go to both.
 
---record appends rows to bench/results/<device>.csv: times are per process, or per 1000 tokens.
+ppo: iterations of PPO on that shape for the policy, the reference, the reward model and the critic:
+32 prompts of 32 tokens, 64 new ones each, four epochs of one minibatch; by TRL's PPOTrainer, which
+TRL 0.24 still has (with transformers 4.57), and by `instructcore ppo`. Seconds per iteration after
+the first two.
+
+--record appends rows to bench/results/<device>.csv: times are per process, per 1000 tokens, or per
+iteration.
 """
 
 from __future__ import annotations
@@ -30,6 +37,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import bench
 import numpy as np
@@ -157,18 +165,18 @@ def sft_ours(init: Path, data: Path, steps: int, dtype: str, out: Path) -> float
 
 
 def sft_trl(python: str, init: Path, data: Path, steps: int, kind: str) -> float:
-    printed = command(python, HERE, "trl", init, data, steps, kind)
+    printed = command(python, HERE, "trl-sft", init, data, steps, kind)
     found = json.loads(printed.strip().splitlines()[-1])[5:]
     return sum(n for n, _ in found) / sum(s for _, s in found)
 
 
-def trl(init: str, data: str, steps: int, kind: str) -> None:
+def run_trl_sft(init: str, data: str, steps: str, kind: str) -> None:
     """Run by the Python that has TRL: prints the steps' (tokens, seconds) as JSON."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    rows = [json.loads(line) for line in open(data, encoding="utf-8")][: 16 * steps]
+    rows = [json.loads(line) for line in open(data, encoding="utf-8")][: 16 * int(steps)]
     tokenizer = AutoTokenizer.from_pretrained(init)
     model = AutoModelForCausalLM.from_pretrained(init, dtype=torch.float32)
     found: list[tuple[float, float]] = []
@@ -195,7 +203,7 @@ def trl(init: str, data: str, steps: int, kind: str) -> None:
         packing=kind == "packed",
         bf16=kind == "bfloat16",
         gradient_checkpointing=False,
-        max_steps=steps,
+        max_steps=int(steps),
         learning_rate=1e-4,
         use_cpu=True,
         report_to=[],
@@ -235,6 +243,124 @@ def sft(options: argparse.Namespace, scratch: Path) -> list[dict]:
     return table("sft", f"6.7M Llama, {options.pairs.stem}, per 1000 tokens", "float32", seconds)
 
 
+# ---- ppo: each variant gives seconds per iteration
+
+PPO = {"prompts": 32, "prompt_tokens": 32, "new_tokens": 64, "epochs": 4}
+
+
+def ppo_checkpoints(pairs: Path, where: Path) -> tuple[Path, Path, Path]:
+    """A policy and a reward model with random weights, and prompts of one length."""
+    from instructcore.model import load
+    from instructcore.tokenizer import Tokenizer
+
+    init, data = sft_checkpoint(pairs, where)
+    tokenizer = Tokenizer.load(init)
+    load(init).to_scalar_head().save(where / "reward", tokenizer)
+    texts = []
+    for line in data.read_text().splitlines():
+        ids = tokenizer.encode(json.loads(line)["prompt"])[: PPO["prompt_tokens"] - 1]
+        text = tokenizer.decode(ids)
+        if len(tokenizer.prompt_ids(text)) == PPO["prompt_tokens"]:
+            texts.append(json.dumps({"prompt": text}) + "\n")
+    prompts = where / "prompts.jsonl"
+    prompts.write_text("".join(texts[:512]))
+    return init, where / "reward", prompts
+
+
+def ppo_ours(init: Path, reward: Path, prompts: Path, steps: int, dtype: str, out: Path) -> float:
+    options = ["--init", init, "--reward", reward, "--prompts", prompts, "--out", out]
+    options += ["--steps", steps, "--batch", PPO["prompts"], "--minibatch", PPO["prompts"]]
+    options += ["--inner-epochs", PPO["epochs"], "--max-tokens", PPO["new_tokens"]]
+    options += ["--dtype", dtype, "--log-every", 1, "--save-every", 0]
+    command(sys.executable, "-m", "instructcore", "ppo", *options)
+    seconds = [m["seconds"] for m in metrics(out)]
+    return statistics.median(b - a for a, b in zip(seconds[1:], seconds[2:], strict=False))
+
+
+def ppo_trl(python: str, init: Path, reward: Path, prompts: Path, steps: int, kind: str) -> float:
+    printed = command(python, HERE, "trl-ppo", init, reward, prompts, steps, kind)
+    return statistics.median(json.loads(printed.strip().splitlines()[-1])[2:])
+
+
+def run_trl_ppo(init: str, reward: str, prompts: str, steps: str, kind: str) -> None:
+    """Run by the Python that has TRL: prints the iterations' seconds as JSON."""
+    from datasets import Dataset
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        TrainerCallback,
+    )
+    from trl import PPOConfig, PPOTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(init, padding_side="left")
+    texts = [json.loads(line)["prompt"] for line in open(prompts, encoding="utf-8")]
+    marker = tokenizer.convert_tokens_to_ids("<|assistant|>")
+    rows = [{"input_ids": [*tokenizer(text)["input_ids"], marker]} for text in texts]
+    times = [time.perf_counter()]
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            times.append(time.perf_counter())
+
+    def scalar() -> Any:
+        return AutoModelForSequenceClassification.from_pretrained(
+            reward, num_labels=1, dtype=torch.float32
+        )
+
+    config = PPOConfig(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=PPO["prompts"],
+        gradient_accumulation_steps=1,
+        num_mini_batches=1,
+        num_ppo_epochs=PPO["epochs"],
+        total_episodes=PPO["prompts"] * int(steps),
+        response_length=PPO["new_tokens"],
+        num_sample_generations=0,
+        bf16=kind == "bfloat16",
+        gradient_checkpointing=False,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    data = Dataset.from_list(rows)
+    PPOTrainer(
+        args=config,
+        processing_class=tokenizer,
+        model=AutoModelForCausalLM.from_pretrained(init, dtype=torch.float32),
+        ref_model=AutoModelForCausalLM.from_pretrained(init, dtype=torch.float32),
+        reward_model=scalar(),
+        value_model=scalar(),
+        train_dataset=data,
+        eval_dataset=data.select(range(PPO["prompts"])),
+        callbacks=[Clock()],
+    ).train()
+    print(json.dumps([b - a for a, b in zip(times, times[1:], strict=False)]))
+
+
+def ppo(options: argparse.Namespace, scratch: Path) -> list[dict]:
+    files = ppo_checkpoints(options.pairs, scratch)
+    runs = iter(range(1_000_000))
+    variants: dict[str, Callable[[], float]] = {}
+    for dtype in DTYPES:
+        variants["ours" if dtype == "float32" else f"ours, {dtype}"] = lambda dtype=dtype: ppo_ours(
+            *files, options.steps, dtype, scratch / f"run{next(runs)}"
+        )
+        variants[f"TRL, {dtype}"] = lambda dtype=dtype: ppo_trl(
+            options.trl, *files, max(5, options.steps // 3), dtype
+        )
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(options.rounds):
+        for name, run in variants.items():
+            seconds[name].append(run())
+            print(f"{name:<20} {seconds[name][-1]:10.3f} s an iteration", flush=True)
+    case = f"6.7M Llama x 4, {PPO['prompts']} x ({PPO['prompt_tokens']} + {PPO['new_tokens']})"
+    return table("ppo", f"{case}, an iteration", "float32", seconds)
+
+
+FOREIGN = {"trl-sft": run_trl_sft, "trl-ppo": run_trl_ppo}  # run by another Python
+
 # ---- results
 
 
@@ -270,11 +396,11 @@ def table(stage: str, case: str, dtype: str, seconds: dict[str, list[float]]) ->
 
 
 def main() -> int:
-    if sys.argv[1:2] == ["trl"]:
-        trl(sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5])
+    if len(sys.argv) > 1 and sys.argv[1] in FOREIGN:
+        FOREIGN[sys.argv[1]](*sys.argv[2:])
         return 0
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=["pretrain", "sft"])
+    parser.add_argument("stage", choices=["pretrain", "sft", "ppo"])
     parser.add_argument("--text", type=Path, help="tiny Shakespeare")
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
     parser.add_argument("--fewer", type=int, default=0, help="steps of one more run of ours")
@@ -284,12 +410,12 @@ def main() -> int:
     )
     parser.add_argument("--trl", help="a Python that has TRL")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default 7)")
-    parser.add_argument("--steps", type=int, default=0, help="default 2000, or 60 for sft")
+    parser.add_argument("--steps", type=int, default=0, help="default 2000, 60 for sft, 18 for ppo")
     parser.add_argument("--record", action="store_true", help="append to bench/results")
     options = parser.parse_args()
-    options.steps = options.steps or {"pretrain": 2000, "sft": 60}[options.stage]
+    options.steps = options.steps or {"pretrain": 2000, "sft": 60, "ppo": 18}[options.stage]
     with tempfile.TemporaryDirectory() as scratch:
-        rows = {"pretrain": pretrain, "sft": sft}[options.stage](options, Path(scratch))
+        rows = {"pretrain": pretrain, "sft": sft, "ppo": ppo}[options.stage](options, Path(scratch))
     if options.record:
         print(f"recorded in {bench.record(rows, 'cpu')}")
     return 0
