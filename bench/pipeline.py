@@ -128,7 +128,7 @@ def pretrain(options: argparse.Namespace, scratch: Path) -> list[dict]:
             seconds[name].append(took)
             print(f"{name:<20} {took:7.1f} s  held-out loss {loss:.3f}", flush=True)
     case = f"tiny Shakespeare, {options.steps} steps"
-    return table("pretrain", case, "float32", seconds)
+    return table("pretrain", case, seconds)
 
 
 # ---- sft: each variant gives tokens a second
@@ -240,7 +240,7 @@ def sft(options: argparse.Namespace, scratch: Path) -> list[dict]:
             tokens = run()
             seconds[name].append(1000 / tokens)
             print(f"{name:<20} {tokens:10.0f} tokens/s", flush=True)
-    return table("sft", f"6.7M Llama, {options.pairs.stem}, per 1000 tokens", "float32", seconds)
+    return table("sft", f"6.7M Llama, {options.pairs.stem}, per 1000 tokens", seconds)
 
 
 # ---- ppo: each variant gives seconds per iteration
@@ -356,7 +356,7 @@ def ppo(options: argparse.Namespace, scratch: Path) -> list[dict]:
             seconds[name].append(run())
             print(f"{name:<20} {seconds[name][-1]:10.3f} s an iteration", flush=True)
     case = f"6.7M Llama x 4, {PPO['prompts']} x ({PPO['prompt_tokens']} + {PPO['new_tokens']})"
-    return table("ppo", f"{case}, an iteration", "float32", seconds)
+    return table("ppo", f"{case}, an iteration", seconds)
 
 
 FOREIGN = {"trl-sft": run_trl_sft, "trl-ppo": run_trl_ppo}  # run by another Python
@@ -364,34 +364,38 @@ FOREIGN = {"trl-sft": run_trl_sft, "trl-ppo": run_trl_ppo}  # run by another Pyt
 # ---- results
 
 
-def table(stage: str, case: str, dtype: str, seconds: dict[str, list[float]]) -> list[dict]:
+def table(stage: str, case: str, seconds: dict[str, list[float]]) -> list[dict]:
+    """Rows of the results: each variant of ours, as a dtype and a case, beside all rivals."""
     rows = []
-    for name, times in seconds.items():
-        ratios = [t / o for t, o in zip(times, seconds["ours"], strict=True)]
-        low, mid, high = (bench.quantile(ratios, q) for q in (0.25, 0.5, 0.75))
-        p50 = statistics.median(times)
-        ratio = f"ours is {mid:.2f} x faster ({low:.2f}-{high:.2f})"
-        print(f"{stage} {name:<20} p50 {p50:8.3f} s  {ratio}")
-        rows.append(
-            {
-                "op": stage,
-                "variant": name,
-                "pass": "stage",
-                "dtype": dtype,
-                "case": case,
-                "p20_us": f"{bench.quantile(times, 0.2) * 1e6:.0f}",
-                "p50_us": f"{p50 * 1e6:.0f}",
-                "p80_us": f"{bench.quantile(times, 0.8) * 1e6:.0f}",
-                "bytes": "0",
-                "flops": "0",
-                "pct_roofline": "nan",
-                "device": bench.device_name("cpu"),
-                "torch": torch.__version__,
-                "commit": bench.commit(),
-                "date": datetime.date.today().isoformat(),
-                "command": f"python bench/pipeline.py {stage}",
-            }
-        )
+    rivals = {name: times for name, times in seconds.items() if not name.startswith("ours")}
+    for ours in (name for name in seconds if name not in rivals):
+        _, dtype, *fewer = [*ours.split(", "), "float32"] if ours == "ours" else ours.split(", ")
+        for name, times in {"ours": seconds[ours], **rivals}.items():
+            ratios = [t / o for t, o in zip(times, seconds[ours], strict=True)]
+            low, mid, high = (bench.quantile(ratios, q) for q in (0.25, 0.5, 0.75))
+            p50 = statistics.median(times)
+            ratio = f"{ours} is {mid:.2f} x faster ({low:.2f}-{high:.2f})" if name in rivals else ""
+            print(f"{stage} {ours if name == 'ours' else name:<28} p50 {p50:8.3f} s  {ratio}")
+            rows.append(
+                {
+                    "op": stage,
+                    "variant": name,
+                    "pass": "stage",
+                    "dtype": dtype,
+                    "case": ", ".join([case, *(f"ours {steps}" for steps in fewer)]),
+                    "p20_us": f"{bench.quantile(times, 0.2) * 1e6:.0f}",
+                    "p50_us": f"{p50 * 1e6:.0f}",
+                    "p80_us": f"{bench.quantile(times, 0.8) * 1e6:.0f}",
+                    "bytes": "0",
+                    "flops": "0",
+                    "pct_roofline": "nan",
+                    "device": bench.device_name("cpu"),
+                    "torch": torch.__version__,
+                    "commit": bench.commit(),
+                    "date": datetime.date.today().isoformat(),
+                    "command": f"python bench/pipeline.py {stage}",
+                }
+            )
     return rows
 
 
