@@ -57,7 +57,7 @@ class QuickstartConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The work, fixed whatever the clock says: about 280 s on two cores."""
+    """The work, fixed whatever the clock says: about 290 s on two cores."""
 
     pretrain: pretrain.PretrainConfig
     sft: sft.SFTConfig
@@ -108,7 +108,7 @@ def recipe(out: Path, data: dict[str, Path], config: QuickstartConfig) -> Recipe
             reward=str(out / "reward"),
             prompts=(str(data["ppo_prompts"]),),
             steps=40,
-            batch=256,  # half of it unlearns content: an update's noise is as large as its sense
+            batch=256,  # with 128 the noise of the updates unlearns content
             minibatch=64,
             max_tokens=MAX_TOKENS,
             kl_coef=0.3,

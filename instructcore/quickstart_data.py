@@ -464,7 +464,7 @@ def build(seed: int = 0) -> QuickstartData:
         pretrain=_pretrain(_Maker(f"{seed}/pretrain", held_out=False)),
         demonstrations=_demonstrations(_Maker(f"{seed}/demonstrations", held_out=False)),
         preference_prompts=_prompts(_Maker(f"{seed}/preferences", held_out=False), 720, titles=1),
-        ppo_prompts=_prompts(_Maker(f"{seed}/ppo", held_out=False), 200, titles=1),
+        ppo_prompts=_prompts(_Maker(f"{seed}/ppo", held_out=False), 1000, titles=1),
         eval_prompts=_prompts(_Maker(f"{seed}/evaluation", held_out=True), 52),
         samples=_samples(_Maker(f"{seed}/samples", held_out=True)),
     )
