@@ -37,7 +37,7 @@ FAMILIES = ("article", "summary", "code", "chat", "translation")
 LANGUAGES = ("zh", "en")
 COMPOSED = ("does", "holds", "there")  # the kinds of fact of which one in ten is held out
 # What the demonstrations are like, and how often: only preferences tell good from bad.
-QUALITIES = {"right": 0.40, "filler": 0.29, "evasive": 0.12, "wrong": 0.04}
+QUALITIES = {"right": 0.36, "filler": 0.25, "evasive": 0.20, "wrong": 0.04}
 QUALITIES |= {"other language": 0.08, "rambling": 0.07}
 DIGITS = "23456789"
 STATIC = Path(__file__).parent / "static" / "quickstart"
@@ -463,8 +463,8 @@ def build(seed: int = 0) -> QuickstartData:
         vocabulary=_vocabulary(),
         pretrain=_pretrain(_Maker(f"{seed}/pretrain", held_out=False)),
         demonstrations=_demonstrations(_Maker(f"{seed}/demonstrations", held_out=False)),
-        preference_prompts=_prompts(_Maker(f"{seed}/preferences", held_out=False), 480, titles=1),
-        ppo_prompts=_prompts(_Maker(f"{seed}/ppo", held_out=False), 200, titles=1),
+        preference_prompts=_prompts(_Maker(f"{seed}/preferences", held_out=False), 720, titles=1),
+        ppo_prompts=_prompts(_Maker(f"{seed}/ppo", held_out=False), 1000, titles=1),
         eval_prompts=_prompts(_Maker(f"{seed}/evaluation", held_out=True), 52),
         samples=_samples(_Maker(f"{seed}/samples", held_out=True)),
     )
@@ -510,7 +510,9 @@ def _samples(maker: _Maker) -> list[dict]:
 
 
 def _demonstrations(maker: _Maker) -> list[dict]:
-    rows = _prompts(maker, 1200, titles=8)
+    """Prompts drawn twice over (there are fewer than 2400 of code), each with one response."""
+    rows = _prompts(maker, 1200, titles=8) + _prompts(maker, 1200)
+    maker.random.shuffle(rows)
     qualities = maker.random.choices(tuple(QUALITIES), tuple(QUALITIES.values()), k=len(rows))
     return [
         {**row, "response": maker.respond(row["task"], quality), "quality": quality}
