@@ -2,8 +2,9 @@
 
     python bench/quickstart_seeds.py --seeds 0-19 --out runs/seeds
     python bench/quickstart_seeds.py --seeds 0-2 --shuffle-labels --out runs/shuffled
+    python bench/quickstart_seeds.py --readme   # the table of the READMEs, from the results
 
-A row per seed joins bench/results/quickstart.csv as the seed ends. A seed that has a finished run
+A row per seed joins bench/results/runs/quickstart.csv as the seed ends. A seed that has a finished run
 in OUT is not run again, one that was stopped goes on. At the end: the median and the range of each
 measure over all seeds in that table, and the seeds that missed a target.
 """
@@ -13,13 +14,21 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import rows
 from bench import commit, device_name
+from plot import ROOT, replace_block
 
 from instructcore.quickstart import QuickstartConfig, run
+
+HEADERS = {
+    "README.md": "seed | seconds | constant | base | SFT | PPO | PPO − SFT, 95 % | gap closed | "
+    "KL | reward model, all pairs | pairs where gold differs by 0.5",
+    "README.zh.md": "种子 | 秒 | 常数回答 | 预训练 | SFT | PPO | PPO − SFT，95 % | 补上的差距 | "
+    "KL | 奖励模型，全部对 | gold 相差 0.5 以上的对",
+}
 
 # What a seed is held to. A control is to gain nothing instead.
 TARGETS: dict[str, Callable[[dict], bool]] = {
@@ -75,12 +84,32 @@ def report(found: list[dict], targets: dict[str, Callable[[dict], bool]]) -> Non
         print(f"{name}: " + (f"missed by seeds {', '.join(missed)}" if missed else "all"))
 
 
+def table(found: list[dict], header: str) -> Iterator[str]:
+    """Lines of Markdown: a row for each seed; the controls after the others."""
+    yield f"| {header} |"
+    yield "|---" * (header.count("|") + 1) + "|"
+    for r in found:
+        name = f"{int(r['seed'])}" + (", `--shuffle-labels`" if r["shuffled"] else "")
+        means = " | ".join(f"{r[key]:.3f}" for key in ("constant", "base", "sft", "ppo"))
+        gain = f"{r['gain_low']:.3f} .. {r['gain_high']:.3f}".replace("-", "−")
+        closed = f"{r['gap_closed']:.0%} | {r['kl']:.2f}"
+        right = f"{r['accuracy']:.1%} | {r['accuracy_clear']:.1%}"
+        shares = f"{closed} | {right}".replace("%", " %").replace("-", "−")
+        yield f"| {name} | {r['seconds']:.0f} | {means} | {gain} | {shares} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", default="0-19", metavar="FIRST-LAST")
     parser.add_argument("--shuffle-labels", action="store_true", help="the control")
     parser.add_argument("--out", type=Path, default=Path("runs/seeds"))
+    parser.add_argument("--readme", action="store_true", help="run nothing, write the tables")
     options = parser.parse_args()
+    if options.readme:
+        for name, header in HEADERS.items():
+            found = [numbers(row) for row in rows.read("quickstart")]
+            replace_block(ROOT / name, "quickstart-table", table(found, header))
+        return
     first, last = map(int, options.seeds.split("-"))
     for seed in range(first, last + 1):
         out = options.out / f"seed-{seed}"

@@ -1,15 +1,15 @@
-"""Tables of runs in bench/results: one row for each key, the newest."""
+"""Tables of runs in bench/results/runs: one row for each key, the newest."""
 
 from __future__ import annotations
 
 import csv
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results" / "runs"
 
 
 def read(name: str) -> list[dict[str, str]]:
-    """The rows of bench/results/<name>.csv, none if there is no such file."""
+    """The rows of bench/results/runs/<name>.csv, none if there is no such file."""
     path = RESULTS / f"{name}.csv"
     if not path.exists():
         return []
@@ -22,6 +22,7 @@ def put(name: str, row: dict, key: tuple[str, ...]) -> None:
     row = {column: str(value) for column, value in row.items()}
     rows = [r for r in read(name) if any(r[k] != row[k] for k in key)] + [row]
     rows.sort(key=lambda r: [int(r[k]) if r[k].isdigit() else r[k] for k in key])
+    RESULTS.mkdir(exist_ok=True)
     with (RESULTS / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, row, lineterminator="\n")
         writer.writeheader()
