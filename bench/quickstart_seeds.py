@@ -4,9 +4,9 @@
     python bench/quickstart_seeds.py --seeds 0-2 --shuffle-labels --out runs/shuffled
     python bench/quickstart_seeds.py --readme   # the table of the READMEs, from the results
 
-A row per seed joins bench/results/runs/quickstart.csv as the seed ends. A seed that has a finished run
-in OUT is not run again, one that was stopped goes on. At the end: the median and the range of each
-measure over all seeds in that table, and the seeds that missed a target.
+A row per seed joins bench/results/runs/quickstart.csv as the seed ends. A seed that has a finished
+run in OUT is not run again, one that was stopped goes on. At the end: the median and the range of
+each measure over all seeds in that table, and the seeds that missed a target.
 """
 
 from __future__ import annotations
