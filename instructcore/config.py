@@ -125,10 +125,13 @@ def check_writable(out: str) -> None:
 
 
 def check_options(config: Any) -> None:
-    """Holds every setting to its `choices` and `range`; for a dataclass's __post_init__."""
+    """Holds every setting to its `choices` and `range`; what is no flag must be there. For a
+    dataclass's __post_init__."""
     for f in dataclasses.fields(config):
         value, name = getattr(config, f.name), _flag(f)
         choices, bounds = f.metadata.get("choices"), f.metadata.get("range")
+        if f.metadata.get("positional"):
+            check(bool(value), f"{type(config).__name__} needs a {name.rstrip('s')}")
         if choices and value not in choices:
             raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         if bounds and value is not None:

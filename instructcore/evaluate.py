@@ -300,7 +300,6 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        check(bool(self.checkpoints), "eval needs a checkpoint")
         check(bool(self.data), "--data is missing: a file of prompts")
         check(bool(self.text) or not self.window, "--window needs --text, which it cuts")
 

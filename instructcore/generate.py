@@ -187,7 +187,6 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        check(bool(self.checkpoint), "generate needs a checkpoint")
         check(bool(self.prompt) != bool(self.prompts), "give either --prompt or --prompts")
 
 
@@ -203,7 +202,6 @@ class ChatConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        check(bool(self.checkpoint), "chat needs a checkpoint")
 
 
 class _Speaker:

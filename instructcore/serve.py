@@ -32,7 +32,7 @@ import uvicorn
 from starlette import requests as http
 from starlette.responses import FileResponse, Response, StreamingResponse
 
-from .config import check, check_options, option
+from .config import check_options, option
 from .errors import UserError
 from .scheduler import Piece, Request, Scheduler, Stats
 from .serve_wire import ApiError, Ask, Checkpoint, Part, as_api_error, require
@@ -268,7 +268,6 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        check(bool(self.checkpoint), "serve needs a checkpoint")
 
 
 def make_server(engine: Engine, api_key: str = "") -> uvicorn.Server:
@@ -293,23 +292,24 @@ def listen(host: str, port: int) -> socket.socket:
     asyncio would see to that, but does not recognise a connection of `create_server` as TCP.
     """
     try:
-        listener = socket.create_server((host, port))
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family)
     except OSError as error:
         raise UserError(f"cannot listen on {host}, port {port}: {error.strerror}") from error
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * SEND_SECONDS))
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * SEND_SECONDS))
     return listener
 
 
 def run(config: ServeConfig) -> None:
     """Serves until SIGINT (Ctrl-C) or SIGTERM."""
     with listen(config.host, config.port) as listener:
-        checkpoint = load_checkpoint(config.checkpoint, config.device, config.dtype)
+        model, tokenizer = load_checkpoint(config.checkpoint, config.device, config.dtype)
+        scheduler = Scheduler(model, tokenizer, max_batch=config.max_batch)
         names = [*dict.fromkeys((Path(config.checkpoint).resolve().name, *config.alias))]
-        scheduler = Scheduler(*checkpoint, max_batch=config.max_batch)
         engine = Engine(Checkpoint(scheduler, names), config.max_queue)
-        url = f"http://{config.host}:{listener.getsockname()[1]}"
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        url = f"http://{host}:{listener.getsockname()[1]}"
         print(f"serving {', '.join(names)} at {url}/v1, a page to chat at {url}", flush=True)
         make_server(engine, config.api_key).run(sockets=[listener])
         engine.close()

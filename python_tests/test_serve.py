@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from urllib.parse import quote_plus
 
 import httpx
@@ -762,8 +763,11 @@ def test_signals(tmp_path, number):
         assert process.wait(10) == -number
 
 
-def test_connections_send_at_once():
-    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_connections_send_at_once(host):
+    if host == "::1" and not Path("/proc/net/if_inet6").exists():
+        pytest.skip("this machine has no IPv6")
+    with listen(host, 0) as listener, socket.create_connection(listener.getsockname()[:2]):
         connection, _ = listener.accept()
         assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         connection.close()
@@ -788,3 +792,6 @@ def test_command(tmp_path, monkeypatch, capsys):
     run(ServeConfig(str(tmp_path / "mine"), port=0))
     assert len(served) == 1
     assert "serving mine, text-davinci-003 at http://127.0.0.1:" in capsys.readouterr().out
+    if Path("/proc/net/if_inet6").exists():
+        run(ServeConfig(str(tmp_path / "mine"), host="::1", port=0))
+        assert "at http://[::1]:" in capsys.readouterr().out
