@@ -57,7 +57,7 @@ class QuickstartConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The work, fixed whatever the clock says: about 290 s on two cores."""
+    """The work, fixed whatever the clock says: about 230 s on two cores that multiply bfloat16."""
 
     pretrain: pretrain.PretrainConfig
     sft: sft.SFTConfig
@@ -70,8 +70,7 @@ def recipe(out: Path, data: dict[str, Path], config: QuickstartConfig) -> Recipe
 
     def run(stage: str, **settings: Any) -> RunConfig:
         settings |= {"out": str(out / stage), "seed": config.seed, "resume": config.resume}
-        # float32: at this size it is as fast as bfloat16.
-        return RunConfig(**settings, device=config.device, dtype="float32")
+        return RunConfig(**settings, device=config.device)
 
     text = (str(data["pretrain"]),)
     return Recipe(
