@@ -102,12 +102,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", default="0-19", metavar="FIRST-LAST")
     parser.add_argument("--shuffle-labels", action="store_true", help="the control")
-    parser.add_argument("--out", type=Path, default=Path("runs/seeds"))
+    parser.add_argument("--out", type=Path, help="default runs/seeds, or runs/shuffled")
     parser.add_argument("--readme", action="store_true", help="run nothing, write the tables")
     options = parser.parse_args()
+    options.out = options.out or Path("runs", "shuffled" if options.shuffle_labels else "seeds")
     if options.readme:
+        if not (found := [numbers(row) for row in rows.read("quickstart")]):
+            raise SystemExit("no runs in bench/results/runs/quickstart.csv")
         for name, header in HEADERS.items():
-            found = [numbers(row) for row in rows.read("quickstart")]
             replace_block(ROOT / name, "quickstart-table", table(found, header))
         return
     first, last = map(int, options.seeds.split("-"))

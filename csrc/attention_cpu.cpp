@@ -192,8 +192,9 @@ class ForwardTask {
       for (int m = 0; m < kRows; ++m) chain[m] = broadcast(0.0f);
       for (int64_t word = begin; word < smaller(words_, begin + depth); word += kLanes) {
         Vec columns[kLanes];
-        load_columns<kWord != Word::kFloat>([&](int64_t i) { return rows[i]; }, kLanes,
-                                            word * kElements, a_.dim, columns);
+        load_columns<kWord != Word::kFloat>(
+            [&](int64_t i) __attribute__((always_inline)) { return rows[i]; }, kLanes,
+            word * kElements, a_.dim, columns);
         for (int64_t row_end = row + rows_per_step; row < row_end; ++row)
           for (int64_t d = 0; d < a_.dim; d += 64 / sizeof(T))
             __builtin_prefetch(from[row + kAhead] + d, 0, 2);

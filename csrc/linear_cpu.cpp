@@ -175,7 +175,7 @@ class Task {
       words_ = smaller(plan_.chunk, plan_.words - word);
       pack_b(word);
       if (g_.form == LinearForm::kWeight) pack_columns_of_a(word);
-      for (int64_t m = row_; m < end_row_; m += plan_.tile) multiply_rows(m, word);
+      for (int64_t m = row_; m < end_row_; m += plan_.tile) add_part(m, word);
     }
   }
 
@@ -208,7 +208,7 @@ class Task {
   }
 
   // The part from `word` on of the sums of a tile of rows from m on.
-  void multiply_rows(int64_t m, int64_t word) {
+  void add_part(int64_t m, int64_t word) {
     const bool matrix = plan_.word == Word::kMatrix;
     const bool by_columns = g_.form == LinearForm::kWeight && !matrix;
     const int64_t rows = smaller(plan_.tile, end_row_ - m);
@@ -382,11 +382,14 @@ void stream(const LinearArgs& g, const Plan& plan) {
 constexpr int64_t kByColumns = kPanel;  // rows at most
 constexpr int64_t kColumnsAtOnce = 48;
 
-// Rows of b are words as they lie in memory, and a's fit into L2 as a panel.
+// Rows of b are words as they lie in memory, and a's take up to 768 KB of L2; the matrix unit,
+// which reads them once for 32 columns and not for 6, takes any number from beyond.
 bool fits_by_columns(const LinearArgs& g, const Plan& plan) {
   const bool words = plan.word == Word::kFloat ? g.b.dtype == Dtype::kFloat32
                                                : g.depth % 2 == 0 && g.b.row % 2 == 0;
-  return words && g.rows <= kByColumns && plan.words * round_up(g.rows, kLanes) <= 192 * 1024;
+  const bool fits =
+      plan.word == Word::kMatrix || plan.words * round_up(g.rows, kLanes) <= 192 * 1024;
+  return words && fits && g.rows <= kByColumns;
 }
 
 // Columns of c are rows of b times the rows of a as columns: nothing of b is packed.
@@ -446,6 +449,7 @@ void sum_columns(const LinearBiasArgs& g, int64_t column, int64_t n, const Linea
 }  // namespace
 
 void linear_cpu(const LinearArgs& g) {
+  if (g.rows == 0 || g.columns == 0) return;
   const Plan plan = plan_of(g);
   const bool pairs = plan.word != Word::kFloat, forward = g.form == LinearForm::kForward;
   if (plan.word != Word::kMatrix && forward && g.rows <= kStreamRows)

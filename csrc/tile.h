@@ -54,7 +54,7 @@ constexpr int64_t tile_rows(Word word) { return word == Word::kMatrix ? kMatrixR
 
 inline constexpr int64_t kOneChain = int64_t{1} << 62;
 
-// Strides, depth and chain in words; kMatrix has its own chains.
+// Strides, depth and chain in words; kMatrix ignores `chain`.
 struct Tile {
   const void *a, *b;
   float* c;
@@ -288,7 +288,9 @@ IC_INLINE void pack_columns(const RowOf& row, int64_t n, int64_t depth, float* t
   constexpr int64_t kElements = kPairs ? 2 : 1;
   const int64_t words = (depth + kElements - 1) / kElements;
   for (int64_t i0 = 0; i0 < n; i0 += kLanes) {
-    const auto from = [&](int64_t i) __attribute__((always_inline)) { return row(i0 + i); };
+    decltype(row(0)) rows[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) rows[i] = row(i0 + i < n ? i0 + i : n - 1);
+    const auto from = [&](int64_t i) __attribute__((always_inline)) { return rows[i]; };
     float* columns = to + i0 / panel * panel * words + i0 % panel;
     for (int64_t word = 0; word < words; word += kLanes) {
       Vec tile[kLanes];

@@ -131,7 +131,8 @@ def check_options(config: Any) -> None:
         value, name = getattr(config, f.name), _flag(f)
         choices, bounds = f.metadata.get("choices"), f.metadata.get("range")
         if f.metadata.get("positional"):
-            check(bool(value), f"{type(config).__name__} needs a {name.rstrip('s')}")
+            command = type(config).__name__.removesuffix("Config").lower()
+            check(bool(value), f"{command} needs a {name.rstrip('s')}")
         if choices and value not in choices:
             raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         if bounds and value is not None:

@@ -107,7 +107,7 @@ def recipe(out: Path, data: dict[str, Path], config: QuickstartConfig) -> Recipe
             reward=str(out / "reward"),
             prompts=(str(data["ppo_prompts"]),),
             steps=40,
-            batch=256,  # with 128 the noise of the updates unlearns content
+            batch=256,
             minibatch=64,
             max_tokens=MAX_TOKENS,
             kl_coef=0.3,

@@ -140,8 +140,8 @@ class Engine:
 
 
 # What follows a histogram's name in its samples: how many took at most so many seconds.
-_BUCKETS = "0.01 0.025 0.05 0.1 0.25 0.5 1.0 2.5 5.0 10.0 25.0 60.0 +Inf".split()
-_BUCKETS = {f'_bucket{{le="{bound}"}}': float(bound) for bound in _BUCKETS}
+_BOUNDS = "0.01 0.025 0.05 0.1 0.25 0.5 1.0 2.5 5.0 10.0 25.0 60.0 +Inf".split()
+_BUCKETS = {f'_bucket{{le="{bound}"}}': float(bound) for bound in _BOUNDS}
 
 
 def _observe(histogram: Counter[str], seconds: float) -> None:
@@ -177,7 +177,7 @@ async def _cancel_if_gone(receive: Callable, answering: asyncio.Task) -> None:
 def make_app(engine: Engine, api_key: str = "") -> Callable:
     """The ASGI application. With a key, every request but those of / and /health must bear it."""
     answered: Counter[str] = Counter()  # by endpoint and status
-    latency, first_token = (Counter(dict.fromkeys(_BUCKETS, 0)) for _ in range(2))
+    latency, first_token = (Counter(dict.fromkeys(_BUCKETS, 0), _sum=0, _count=0) for _ in range(2))
 
     def reply(body: dict[str, Any], status: int = 200, headers: dict | None = None) -> Response:
         return Response(json.dumps(body), status, headers, "application/json")

@@ -102,7 +102,7 @@ def test_facts_read_back():
 def test_build_is_a_function_of_the_seed(data):
     start = time.process_time()
     again = q.build(0)
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < 6  # 2 s; the stage has 8
     assert again == data
     other = q.build(1)
     for name in (*TRAINING, "eval_prompts"):

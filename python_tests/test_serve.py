@@ -669,6 +669,7 @@ def test_bodies_are_bounded(client, monkeypatch):
 
 def test_metrics():
     client = Client(make_engine(), "sesame", **KEY)
+    assert "\ninstructcore_request_seconds_count 0\n" in client.get("/metrics").text
     for _ in range(2):
         assert client.complete(prompt="a" * 64, max_tokens=5, ignore_eos=True).status_code == 200
     client.chat("a", max_tokens=3, ignore_eos=True, stream=True)
