@@ -383,13 +383,12 @@ constexpr int64_t kByColumns = kPanel;  // rows at most
 constexpr int64_t kColumnsAtOnce = 48;
 
 // Rows of b are words as they lie in memory, and a's take up to 768 KB of L2; the matrix unit,
-// which reads them once for 32 columns and not for 6, takes any number from beyond.
+// which reads them once for 32 columns and not for 6, takes 1 MB.
 bool fits_by_columns(const LinearArgs& g, const Plan& plan) {
   const bool words = plan.word == Word::kFloat ? g.b.dtype == Dtype::kFloat32
                                                : g.depth % 2 == 0 && g.b.row % 2 == 0;
-  const bool fits =
-      plan.word == Word::kMatrix || plan.words * round_up(g.rows, kLanes) <= 192 * 1024;
-  return words && fits && g.rows <= kByColumns;
+  const int64_t most = (plan.word == Word::kMatrix ? 256 : 192) * 1024;
+  return words && g.rows <= kByColumns && plan.words * round_up(g.rows, kLanes) <= most;
 }
 
 // Columns of c are rows of b times the rows of a as columns: nothing of b is packed.
