@@ -55,6 +55,11 @@ def command(*words: object, cwd: Path | None = None) -> str:
     return done.stdout
 
 
+def last_line(printed: str) -> Any:
+    """The JSON in the last line that a process printed."""
+    return json.loads(printed.strip().splitlines()[-1])
+
+
 def timed(run: Callable[[], float]) -> tuple[float, float]:
     """(seconds, what `run` gives)."""
     start = time.perf_counter()
@@ -109,10 +114,8 @@ def pretrain(options: argparse.Namespace, scratch: Path) -> list[dict]:
     runs = iter(range(1_000_000))
     variants: dict[str, Callable[[], float]] = {}
     for dtype in DTYPES:
-        variants["ours" if dtype == "float32" else f"ours, {dtype}"] = lambda dtype=dtype: (
-            pretrain_ours(
-                options.text.resolve(), options.steps, dtype, scratch / f"run{next(runs)}"
-            )
+        variants[f"ours, {dtype}"] = lambda dtype=dtype: pretrain_ours(
+            options.text.resolve(), options.steps, dtype, scratch / f"run{next(runs)}"
         )
     if options.fewer:
         variants[f"ours, bfloat16, {options.fewer} steps"] = lambda: pretrain_ours(
@@ -166,7 +169,7 @@ def sft_ours(init: Path, data: Path, steps: int, dtype: str, out: Path) -> float
 
 def sft_trl(python: str, init: Path, data: Path, steps: int, kind: str) -> float:
     printed = command(python, HERE, "trl-sft", init, data, steps, kind)
-    found = json.loads(printed.strip().splitlines()[-1])[5:]
+    found = last_line(printed)[5:]
     return sum(n for n, _ in found) / sum(s for _, s in found)
 
 
@@ -227,7 +230,7 @@ def sft(options: argparse.Namespace, scratch: Path) -> list[dict]:
     runs = iter(range(1_000_000))
     variants: dict[str, Callable[[], float]] = {}
     for dtype in DTYPES:
-        variants["ours" if dtype == "float32" else f"ours, {dtype}"] = lambda dtype=dtype: sft_ours(
+        variants[f"ours, {dtype}"] = lambda dtype=dtype: sft_ours(
             init, data, options.steps, dtype, scratch / f"run{next(runs)}"
         )
     for kind in ("float32", "bfloat16", "packed"):
@@ -279,7 +282,7 @@ def ppo_ours(init: Path, reward: Path, prompts: Path, steps: int, dtype: str, ou
 
 def ppo_trl(python: str, init: Path, reward: Path, prompts: Path, steps: int, kind: str) -> float:
     printed = command(python, HERE, "trl-ppo", init, reward, prompts, steps, kind)
-    return statistics.median(json.loads(printed.strip().splitlines()[-1])[2:])
+    return statistics.median(last_line(printed)[2:])
 
 
 def run_trl_ppo(init: str, reward: str, prompts: str, steps: str, kind: str) -> None:
@@ -344,7 +347,7 @@ def ppo(options: argparse.Namespace, scratch: Path) -> list[dict]:
     runs = iter(range(1_000_000))
     variants: dict[str, Callable[[], float]] = {}
     for dtype in DTYPES:
-        variants["ours" if dtype == "float32" else f"ours, {dtype}"] = lambda dtype=dtype: ppo_ours(
+        variants[f"ours, {dtype}"] = lambda dtype=dtype: ppo_ours(
             *files, options.steps, dtype, scratch / f"run{next(runs)}"
         )
         variants[f"TRL, {dtype}"] = lambda dtype=dtype: ppo_trl(
@@ -369,7 +372,7 @@ def table(stage: str, case: str, seconds: dict[str, list[float]]) -> list[dict]:
     rows = []
     rivals = {name: times for name, times in seconds.items() if not name.startswith("ours")}
     for ours in (name for name in seconds if name not in rivals):
-        _, dtype, *fewer = [*ours.split(", "), "float32"] if ours == "ours" else ours.split(", ")
+        _, dtype, *fewer = ours.split(", ")
         for name, times in {"ours": seconds[ours], **rivals}.items():
             ratios = [t / o for t, o in zip(times, seconds[ours], strict=True)]
             low, mid, high = (bench.quantile(ratios, q) for q in (0.25, 0.5, 0.75))

@@ -210,7 +210,7 @@ class Task {
   // The part from `word` on of the sums of a tile of rows from m on.
   void add_part(int64_t m, int64_t word) {
     const bool matrix = plan_.word == Word::kMatrix;
-    const bool by_columns = g_.form == LinearForm::kWeight && !matrix;
+    const bool a_by_columns = g_.form == LinearForm::kWeight && !matrix;
     const int64_t rows = smaller(plan_.tile, end_row_ - m);
     const bool last = word + words_ >= plan_.words;
     Tile tile{a_, b_, sums_};
@@ -219,19 +219,20 @@ class Task {
     tile.depth = words_;
     tile.chain = kLinearBlock;
     tile.keep = word == 0 ? nullptr : kOnes;
-    const float *a = a_, *b = b_;
-    if (by_columns) {
+    if (a_by_columns) {
       tile.lda = round_up(plan_.rows, kLanes);
-      a = a_ + m - row_;
+      tile.a = a_ + m - row_;
     } else if (g_.form == LinearForm::kWeight) {
-      a = a_ + (m - row_) * tile.lda;
+      tile.a = a_ + (m - row_) * tile.lda;
     } else if (plan_.packed) {
       pack_rows_of_a(m, rows, word, tile.lda);
     } else {
       tile.lda = g_.a.row / kElements;
-      a = static_cast<const float*>(g_.a.data) + m * tile.lda + word;
+      const float* a = static_cast<const float*>(g_.a.data) + m * tile.lda + word;
+      tile.a = a;
       if (matrix) fetch(a + plan_.tile * tile.lda, tile.lda, end_row_ - m - plan_.tile);
     }
+    const float* b = b_;
     for (int64_t j = column_; j < end_column_; j += kPanel, b += words_ * kPanel) {
       const int64_t n = smaller(kPanel, end_column_ - j);
       // Sums form where they are to stay if there is room for whole vectors of them.
@@ -240,14 +241,13 @@ class Task {
       tile.c = in_place        ? static_cast<float*>(g_.c.data) + m * tile.ldc + j
                : plan_.whole() ? sums_
                                : sums_ + (m - row_) * tile.ldc + j - column_;
-      tile.a = a;
       tile.b = b;
-      if (by_columns) {
+      if (a_by_columns) {
         multiply<Layout::kColumns>(plan_.word, tile, rows, round_up(n, kLanes));
       } else {
         multiply(plan_.word, tile, rows, round_up(n, kLanes));
       }
-      if (last && !(in_place && !g_.bias))
+      if (last && (g_.bias || !in_place))
         store_sums(g_, plan_.word, m, j, rows, n, tile.c, tile.ldc);
     }
   }
