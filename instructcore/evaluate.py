@@ -41,7 +41,14 @@ from .model import GPT, load
 from .pretrain import held_out_loss
 from .reward import response_scores
 from .tokenizer import Tokenizer
-from .train import choose_device, choose_dtype, mix, resolve_checkpoint, write_whole
+from .train import (
+    choose_device,
+    choose_dtype,
+    load_checkpoint,
+    mix,
+    resolve_checkpoint,
+    write_whole,
+)
 
 RESAMPLES = 2000
 SCORED_AT_ONCE = 64  # sequences per forward
@@ -311,10 +318,9 @@ def run(config: EvalConfig, judge: RewardFunction | None = None) -> list[dict[st
     dtype, window = choose_dtype(config.dtype, device), config.window
 
     def load_policy(name: str) -> tuple[GPT, Tokenizer]:
-        path = resolve_checkpoint(name)
-        model = load(path, dtype=dtype, device=device).eval().requires_grad_(False)
+        model, tokenizer = load_checkpoint(name, config.device, config.dtype)
         check(model.head == "lm", f"{name} is a reward model: it cannot answer prompts")
-        return model, Tokenizer.load(path)
+        return model.eval().requires_grad_(False), tokenizer
 
     prompts = read_prompts([config.data])[: config.limit or None]
     answered = is_demonstration(prompts[0])
