@@ -81,7 +81,8 @@ class ForwardTask {
   static constexpr int kMostUnpacked = 6;         // rows
   static constexpr int kMostRows = kStep > kMostUnpacked ? kStep : kMostUnpacked;
   static constexpr int64_t kMostKeys = 256;  // of a block
-  // Rows from a read to the prefetch of another: into L2, whose misses outnumber those of L1.
+  // Rows from a read to the prefetch of another, over the ends of keys, values and tasks: into L2,
+  // whose misses outnumber those of L1.
   static constexpr int64_t kAhead = 64;
 
  public:
@@ -104,6 +105,12 @@ class ForwardTask {
     plain_ = plain_logits(a_);
     log2_scale_ = plain_ ? __builtin_fabsf(a_.scale) * kLog2E : kLog2E;
     if (log2_scale_ < __FLT_MIN__) log2_scale_ = __FLT_MIN__;  // a hidden logit, -inf, stays that
+  }
+
+  // Whose keys come next, from row `first` on: the task after this one finds them in L2.
+  void precede(const Rows& keys, int64_t first) {
+    next_ = &keys;
+    next_first_ = first;
   }
 
   // Rows begin .. end - 1.
@@ -152,8 +159,8 @@ class ForwardTask {
   template <int kRows, class T>
   void add_unpacked(T*, int64_t rows, int64_t end_key) {
     const T* at[2 * kMostKeys + kAhead];  // in the order in which they are read
-    const auto locate = [&](const Rows& from, int64_t row, int64_t n, const T** to) {
-      const int64_t there = smaller(n, end_key - row);
+    const auto locate = [&](const Rows& from, int64_t row, int64_t end, int64_t n, const T** to) {
+      const int64_t there = smaller(n, end - row);
       if (there > 0) from.locate(row, there, to);
       for (int64_t i = larger(there, 0); i < n; ++i) to[i] = to[i - 1];
     };
@@ -161,9 +168,11 @@ class ForwardTask {
     for (int64_t key = first_key / plan_.keys * plan_.keys; key < end_key; key += plan_.keys) {
       const int64_t a = larger(0, first_key - key), z = smaller(plan_.keys, end_key - key);
       const int64_t v0 = a / kLanes, v1 = (z + kLanes - 1) / kLanes, n = (v1 - v0) * kLanes;
-      locate(k_, key + v0 * kLanes, n, at);
-      locate(v_, key + v0 * kLanes, n, at + n);
-      locate(k_, key + plan_.keys, kAhead, at + 2 * n);
+      locate(k_, key + v0 * kLanes, end_key, n, at);
+      locate(v_, key + v0 * kLanes, end_key, n, at + n);
+      const bool last = key + plan_.keys >= end_key && next_;
+      const Rows& then = last ? *next_ : k_;
+      locate(then, last ? next_first_ : key + plan_.keys, then.end, kAhead, at + 2 * n);
       for (int64_t i = 0; i < n; i += kLanes)
         multiply_16_keys<kRows>(at + i, logits_ + v0 * kLanes + i);
       float keep[kMostUnpacked] = {};
@@ -446,6 +455,8 @@ class ForwardTask {
   const Sequence& s_;
   int64_t kv_head_, words_, q_row_, weights_row_;
   Rows k_, v_;
+  const Rows* next_ = nullptr;
+  int64_t next_first_ = 0;
   float *columns_, *values_, *q_, *out_, *logits_, *weights_;
   float *maximum_, *sums_;  // running softmax: (rows,) and (rows, 16)
   float log2_scale_;
@@ -521,9 +532,14 @@ void attention_cpu(const AttentionArgs& a) {
       const int64_t unit = task % units, first = (blocks - 1 - task / units) * block;
       const Sequence s = attention_sequence(a, unit / a.kv_heads);
       if (first >= s.rows()) continue;
+      const int64_t next_unit = (task + 1) % units;
+      const Sequence next = attention_sequence(a, next_unit / a.kv_heads);
+      Rows next_keys = key_rows(a, a.k, next, next_unit % a.kv_heads);
+      next_keys.end = next.keys;
       with_word(word, [&](auto tag) {
-        ForwardTask<tag.word>(a, plan, s, unit % a.kv_heads, slot.scratch())
-            .run(first, smaller(s.rows(), first + block));
+        ForwardTask<tag.word> work(a, plan, s, unit % a.kv_heads, slot.scratch());
+        if (next.rows() > 0) work.precede(next_keys, next.first_seen(0));
+        work.run(first, smaller(s.rows(), first + block));
       });
     }
   });

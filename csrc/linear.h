@@ -38,11 +38,24 @@ struct LinearArgs {
   LinearForm form;
   LinearMatrix a, b, c;
   int64_t rows, columns, depth;  // of c, and of the sums
-  const void* bias;              // (columns,); null: 0
+  int64_t panel;     // kForward: b is packed in panels of so many columns (LinearPackArgs); 0: not
+  const void* bias;  // (columns,); null: 0
   Dtype bias_dtype;
   bool accumulate;  // c, which is float32, has the sum added to it
   int threads;
 };
+
+// W (rows, depth) of bfloat16 in the order in which a product reads it: for each `panel` of rows
+// its words, the same one of all rows side by side. A weight that many products read, each with few
+// rows, is packed once for all; the bits are the same.
+struct LinearPackArgs {
+  LinearMatrix from;
+  void* to;  // (ceil(rows / panel), ceil(depth / 2), panel) words; what has no row is not written
+  int64_t rows, depth, panel;
+  int threads;
+};
+// The matrix unit takes two registers of columns at a time, vectors four.
+inline int64_t linear_panel() { return has_matrix_unit() ? 32 : 64; }
 
 struct LinearBiasArgs {
   LinearMatrix grad;  // dy (rows, columns)
@@ -54,6 +67,7 @@ struct LinearBiasArgs {
 };
 
 IC_CPU_KERNEL(linear_cpu, LinearArgs)
+IC_CPU_KERNEL(linear_pack_cpu, LinearPackArgs)
 IC_CPU_KERNEL(linear_bias_cpu, LinearBiasArgs)
 
 }  // namespace ic

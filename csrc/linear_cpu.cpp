@@ -9,7 +9,8 @@
 //
 // Up to kStreamRows rows, as in generating, reading b is all the work: a task turns 16 x 16 words
 // of b around in registers and multiplies them there. Up to kByColumns rows c is formed by columns:
-// rows of b as they lie in memory, times the packed rows of a.
+// rows of b as they lie in memory, times the packed rows of a. A b that was packed before
+// (linear_pack) takes the first way with any number of rows, and is one stream from memory.
 #include "linear.h"
 #include "parallel.h"
 #include "tile.h"
@@ -103,13 +104,15 @@ struct Plan {
   int64_t tile;          // rows of a tile
   int64_t words, chunk;  // of the sum; of a part of it, a multiple of a block
   int64_t rows, panels;  // of a task
+  int64_t panel;         // columns of one
   bool packed;           // rows of a are not words as they lie in memory
+  bool b_packed;         // b is panels as they lie in memory
   bool in_place;         // c may hold its own sums
   int64_t row_tasks, panel_tasks;
 
   bool whole() const { return chunk >= words; }
   // Floats of scratch: b, a, sums.
-  int64_t b_floats() const { return panels * kPanel * chunk; }
+  int64_t b_floats() const { return b_packed ? 0 : panels * panel * chunk; }
   int64_t a_floats(bool by_columns) const {
     if (by_columns) return round_up(rows, kLanes) * lda();
     return packed ? tile * lda() : 0;
@@ -128,13 +131,16 @@ Plan plan_of(const LinearArgs& g) {
   p.words = ceil_div(g.depth, elements_of(p.word));
   p.packed = pairs ? g.depth % 2 != 0 || g.a.row % 2 != 0 : g.a.dtype != Dtype::kFloat32;
   p.in_place = g.c.dtype == Dtype::kFloat32 && !g.accumulate;
+  p.b_packed = g.panel > 0;
+  p.panel = p.b_packed ? g.panel : kPanel;
   // Up to 384 KB of L2 for b's panels. The rest of its 1 MB is for the sums of a task's rows, and
   // in the weights' gradient for a's part too, so that parts there are short.
   constexpr int64_t kWhole = 1024, kPanelWords = 96 * 1024;
   const int64_t part = by_columns ? 128 : 512;
-  p.chunk = p.words <= (by_columns ? part : kWhole) ? larger(1, p.words) : part;
-  const int64_t all_panels = larger(1, ceil_div(g.columns, kPanel));
-  const int64_t most = by_columns ? 6 : larger(1, smaller(8, kPanelWords / (p.chunk * kPanel)));
+  const bool whole = p.b_packed || p.words <= (by_columns ? part : kWhole);
+  p.chunk = whole ? larger(1, p.words) : part;
+  const int64_t all_panels = larger(1, ceil_div(g.columns, p.panel));
+  const int64_t most = by_columns ? 6 : larger(1, smaller(8, kPanelWords / (p.chunk * p.panel)));
   p.panels = smaller(most, all_panels);
   const int64_t all_rows = round_up(larger(1, g.rows), p.tile);
   p.rows = smaller(all_rows, by_columns ? 288 : p.whole() ? 1024 : 384);
@@ -169,11 +175,12 @@ class Task {
   void run(int64_t row_task, int64_t panel_task) {
     row_ = row_task * plan_.rows;
     end_row_ = smaller(g_.rows, row_ + plan_.rows);
-    column_ = panel_task * plan_.panels * kPanel;
-    end_column_ = smaller(g_.columns, column_ + plan_.panels * kPanel);
+    column_ = panel_task * plan_.panels * plan_.panel;
+    end_column_ = smaller(g_.columns, column_ + plan_.panels * plan_.panel);
+    if (plan_.b_packed) b_ = static_cast<float*>(g_.b.data) + column_ * plan_.words;
     for (int64_t word = 0; word == 0 || word < plan_.words; word += plan_.chunk) {
       words_ = smaller(plan_.chunk, plan_.words - word);
-      pack_b(word);
+      if (!plan_.b_packed) pack_b(word);
       if (g_.form == LinearForm::kWeight) pack_columns_of_a(word);
       for (int64_t m = row_; m < end_row_; m += plan_.tile) add_part(m, word);
     }
@@ -215,7 +222,7 @@ class Task {
     const bool last = word + words_ >= plan_.words;
     Tile tile{a_, b_, sums_};
     tile.lda = plan_.lda();
-    tile.ldb = kPanel;
+    tile.ldb = plan_.panel;
     tile.depth = words_;
     tile.chain = kLinearBlock;
     tile.keep = word == 0 ? nullptr : kOnes;
@@ -233,8 +240,8 @@ class Task {
       if (matrix) fetch(a + plan_.tile * tile.lda, tile.lda, end_row_ - m - plan_.tile);
     }
     const float* b = b_;
-    for (int64_t j = column_; j < end_column_; j += kPanel, b += words_ * kPanel) {
-      const int64_t n = smaller(kPanel, end_column_ - j);
+    for (int64_t j = column_; j < end_column_; j += plan_.panel, b += words_ * plan_.panel) {
+      const int64_t n = smaller(plan_.panel, end_column_ - j);
       // Sums form where they are to stay if there is room for whole vectors of them.
       const bool in_place = plan_.in_place && n % kLanes == 0;
       tile.ldc = in_place ? g_.c.row : plan_.whole() ? kPanel : plan_.panels * kPanel;
@@ -451,11 +458,24 @@ void linear_cpu(const LinearArgs& g) {
   if (g.rows == 0 || g.columns == 0) return;
   const Plan plan = plan_of(g);
   const bool pairs = plan.word != Word::kFloat, forward = g.form == LinearForm::kForward;
+  if (plan.b_packed) return run_tasks<true>(g, plan);
   if (plan.word != Word::kMatrix && forward && g.rows <= kStreamRows)
     return pairs ? stream<true>(g, plan) : stream<false>(g, plan);
   if (forward && fits_by_columns(g, plan))
     return pairs ? multiply_by_columns<true>(g, plan) : multiply_by_columns<false>(g, plan);
   return pairs ? run_tasks<true>(g, plan) : run_tasks<false>(g, plan);
+}
+
+void linear_pack_cpu(const LinearPackArgs& g) {
+  const int64_t panels = ceil_div(g.rows, g.panel), words = ceil_div(g.depth, 2);
+  parallel_rows(panels, 65536 / (g.panel * words + 1) + 1, g.threads,
+                [&](int64_t begin, int64_t end) {
+                  for (int64_t i = begin; i < end; ++i)
+                    with_rows<true>(g.from, i * g.panel, 0, [&](auto rows) {
+                      pack_columns<true>(rows, smaller(g.panel, g.rows - i * g.panel), g.depth,
+                                         static_cast<float*>(g.to) + i * g.panel * words, g.panel);
+                    });
+                });
 }
 
 void linear_bias_cpu(const LinearBiasArgs& g) {

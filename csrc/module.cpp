@@ -5,8 +5,11 @@
 #include <pybind11/stl.h>
 #include <sys/mman.h>
 
+#include <array>
+#include <cmath>
 #include <new>
 #include <type_traits>
+#include <vector>
 
 #include "activation.h"
 #include "add_norm.h"
@@ -26,6 +29,7 @@
 #include "sample.h"
 #include "tensor.h"
 #include "token_logprobs.h"
+#include "trunk.h"
 
 namespace py = pybind11;
 using ic::TensorView;
@@ -574,6 +578,10 @@ void gae(TensorView rewards, TensorView values, OptionalView mask, OptionalView 
 
 // ---- linear ----
 
+// A weight of (rows, depth) in panels, (panels, words, width): what is multiplied by it in the
+// forward may be this, or the weight.
+bool is_packed(const TensorView& weight) { return weight.ndim() == 3; }
+
 ic::LinearMatrix linear_matrix(const TensorView& t) { return {t.raw(), t.stride(0), t.dtype()}; }
 
 void linear(ic::LinearForm form, const TensorView& a, const TensorView& b, const OptionalView& bias,
@@ -585,12 +593,19 @@ void linear(ic::LinearForm form, const TensorView& a, const TensorView& b, const
   args.c = linear_matrix(c);
   args.rows = c.size(0);
   args.columns = c.size(1);
-  args.depth = b.size(form == ic::LinearForm::kForward ? 1 : 0);
+  args.depth = form == ic::LinearForm::kForward ? a.size(1) : b.size(0);
+  if (is_packed(b)) args.b.dtype = ic::Dtype::kBFloat16, args.panel = b.size(2);
   args.bias = bias ? bias->raw() : nullptr;
   args.bias_dtype = bias ? bias->dtype() : ic::Dtype::kFloat32;
   args.accumulate = accumulate;
   args.threads = threads;
   run("linear", c, ic::linear_cpu, nullptr, args);
+}
+
+void linear_pack(TensorView weight, TensorView to, int threads) {
+  const ic::LinearPackArgs args{linear_matrix(weight), to.raw(),   weight.size(0),
+                                weight.size(1),        to.size(2), threads};
+  run("linear", weight, ic::linear_pack_cpu, nullptr, args);
 }
 
 // y = x W^T + bias
@@ -859,6 +874,101 @@ void token_logprobs_backward(OptionalView grad_logprobs, OptionalView grad_entro
       CUDA_KERNEL(token_logprobs_backward_cuda), args);
 }
 
+// ---- trunk ----
+
+#ifndef IC_EMULATED
+// (rows, columns), or the packed weight of such a matrix.
+ic::TrunkLinear trunk_linear(const TensorView& weight, const OptionalView& bias, ic::Dtype dtype,
+                             int64_t rows, int64_t columns) {
+  const bool packed = is_packed(weight);
+  IC_CHECK(packed ? dtype == ic::Dtype::kBFloat16 && weight.size(1) == (columns + 1) / 2 &&
+                        weight.size(0) == (rows + weight.size(2) - 1) / weight.size(2)
+                  : weight.dtype() == dtype && weight.size(0) == rows &&
+                        weight.size(1) == columns && weight.stride(0) == columns,
+           "trunk: a weight must be (", rows, ", ", columns, "), contiguous, of the compute type");
+  return {weight.raw(), bias ? bias->raw() : nullptr, rows, columns, packed ? weight.size(2) : 0};
+}
+
+// `layers`: for each (norm1, norm1_bias, qkv, qkv_bias, q_norm, k_norm, out, out_bias, norm2,
+// norm2_bias, up, up_bias, down, down_bias). The sequences' lengths in `held` advance.
+void trunk(TensorView tokens, TensorView cu_q, TensorView embed, OptionalView positions,
+           const std::vector<std::array<OptionalView, 14>>& layers, TensorView norm,
+           OptionalView norm_bias, const std::vector<TensorView>& keys,
+           const std::vector<TensorView>& values, TensorView block_table, TensorView held,
+           OptionalView cos, OptionalView sin, TensorView hidden, int64_t heads, int64_t mlp_width,
+           bool gated, float eps, int threads) {
+  const char* op = "trunk";
+  const int64_t n = tokens.size(0), sequences = held.size(0), count = keys[0].size(0),
+                size = keys[0].size(1), kv_heads = keys[0].size(2), dim = keys[0].size(3),
+                width = hidden.size(1);
+  const ic::Dtype dtype = hidden.dtype();
+  check_cu_seqlens(op, cu_q, n);
+  const int32_t* cu = cu_q.data<const int32_t>();
+  IC_CHECK(cu_q.size(0) == sequences + 1 && cu[0] == 0 && cu[sequences] == n, op,
+           ": cu_seqlens must span the ", n, " tokens of ", sequences, " sequences");
+  check_pages(block_table, held, cu_q, tokens, cos, count, size);
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t token = tokens.data<const int64_t>()[i];
+    IC_CHECK(token >= 0 && token < embed.size(0), op, ": tokens must be in 0..", embed.size(0) - 1,
+             ", got ", token, " at ", i);
+  }
+  std::vector<ic::TrunkLayer> stack;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const auto& [norm1, norm1_bias, qkv, qkv_bias, q_norm, k_norm, out, out_bias, norm2, norm2_bias,
+                 up, up_bias, down, down_bias] = layers[i];
+    for (const TensorView& cache : {keys[i], values[i]})
+      IC_CHECK(cache.dtype() == dtype && cache.stride(0) == size * kv_heads * dim, op,
+               ": the caches must be contiguous and of the compute type");
+    stack.push_back({{norm1->data<const float>(), data_or_null<const float>(norm1_bias)},
+                     {norm2->data<const float>(), data_or_null<const float>(norm2_bias)},
+                     data_or_null<const float>(q_norm),
+                     data_or_null<const float>(k_norm),
+                     trunk_linear(*qkv, qkv_bias, dtype, (heads + 2 * kv_heads) * dim, width),
+                     trunk_linear(*out, out_bias, dtype, width, heads * dim),
+                     trunk_linear(*up, up_bias, dtype, (gated ? 2 : 1) * mlp_width, width),
+                     trunk_linear(*down, down_bias, dtype, width, mlp_width),
+                     keys[i].raw(),
+                     values[i].raw()});
+  }
+  ic::TrunkArgs args{};
+  args.tokens = tokens.data<const int64_t>();
+  args.embed = embed.data<const float>();
+  args.positions = data_or_null<const float>(positions);
+  args.layers = stack.data();
+  args.count = static_cast<int64_t>(stack.size());
+  args.norm = {norm.data<const float>(), data_or_null<const float>(norm_bias)};
+  args.hidden = hidden.raw();
+  args.width = width;
+  args.mlp_width = mlp_width;
+  args.gated = gated;
+  args.eps = eps;
+  ic::AttentionArgs& attention = args.attention;
+  attention.k = attention.v = {nullptr, 0, kv_heads * dim, dim};
+  attention.cu_q = cu;
+  ic::AttentionPages& pages = attention.pages;
+  pages.block_table = block_table.data<const int32_t>();
+  pages.cache_seqlens = held.data<const int32_t>();
+  pages.table_row = block_table.stride(0);
+  pages.block_size = size;
+  pages.k_block = pages.v_block = size * kv_heads * dim;
+  pages.cos = data_or_null<const float>(cos);
+  pages.sin = data_or_null<const float>(sin);
+  pages.interleaved = true;
+  attention.sequences = sequences;
+  attention.queries = n;
+  attention.keys = block_table.size(1) * size;
+  attention.heads = heads;
+  attention.kv_heads = kv_heads;
+  attention.dim = dim;
+  attention.left = ic::kAttentionUnbounded;
+  attention.scale = static_cast<float>(std::pow(static_cast<double>(dim), -0.5));
+  attention.dtype = attention.kv_dtype = dtype;
+  attention.threads = threads;
+  run(op, tokens, ic::trunk_cpu, nullptr, args);
+  for (int64_t b = 0; b < sequences; ++b) held.data<int32_t>()[b] += cu[b + 1] - cu[b];
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -926,6 +1036,8 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("linear_forward", &linear_forward, py::arg("x"), py::arg("weight"), py::arg("bias"),
         py::arg("y"), py::arg("threads"));
+  m.def("linear_panel", &ic::linear_panel);
+  m.def("linear_pack", &linear_pack, py::arg("weight"), py::arg("to"), py::arg("threads"));
   m.def("linear_input", &linear_input, py::arg("grad"), py::arg("weight"), py::arg("grad_x"),
         py::arg("threads"));
   m.def("linear_weight", &linear_weight, py::arg("grad"), py::arg("x"), py::arg("grad_weight"),
@@ -963,4 +1075,12 @@ PYBIND11_MODULE(_C, m) {
         py::arg("integers"), py::arg("tokens"), py::arg("logprobs"), py::arg("sampled_logprobs"),
         py::arg("workspace"), py::arg("threads"));
   m.def("philox", &philox, py::arg("counter"), py::arg("key"));
+
+#ifndef IC_EMULATED
+  m.def("trunk", &trunk, py::arg("tokens"), py::arg("cu_q"), py::arg("embed"), py::arg("positions"),
+        py::arg("layers"), py::arg("norm"), py::arg("norm_bias"), py::arg("keys"),
+        py::arg("values"), py::arg("block_table"), py::arg("held"), py::arg("cos"), py::arg("sin"),
+        py::arg("hidden"), py::arg("heads"), py::arg("mlp_width"), py::arg("gated"), py::arg("eps"),
+        py::arg("threads"));
+#endif
 }

@@ -86,8 +86,11 @@ class Pool {
   static void spin_until(const Condition& holds) {
     constexpr auto kLong = std::chrono::microseconds(50);
     const auto end = std::chrono::steady_clock::now() + kLong;
-    while (!holds() && std::chrono::steady_clock::now() < end)
-      for (int i = 0; i < 32; ++i) pause();
+    while (std::chrono::steady_clock::now() < end)
+      for (int i = 0; i < 32; ++i) {
+        if (holds()) return;
+        pause();
+      }
   }
 
   static void pause() {

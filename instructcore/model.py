@@ -35,6 +35,8 @@ from torch import Tensor, nn
 from . import ops
 from .config import check, check_divides, check_options, option
 from .errors import UserError
+from .ops._common import _C, fresh_pages
+from .ops.linear import multiply, pack, packed_size
 
 FAMILIES = ("gpt2", "llama", "qwen2", "qwen3")
 
@@ -106,8 +108,8 @@ class KVCache:
         config = model.config
         like = {"dtype": model.compute_dtype, "device": model.embed.device}
         shape = (blocks, block_size, config.kv_heads, config.head_dim)
-        self.keys = [torch.empty(shape, **like) for _ in range(config.layers)]
-        self.values = [torch.empty(shape, **like) for _ in range(config.layers)]
+        self.keys = [fresh_pages(torch.empty(shape, **like)) for _ in range(config.layers)]
+        self.values = [fresh_pages(torch.empty(shape, **like)) for _ in range(config.layers)]
         indices = {"dtype": torch.int32, "device": model.embed.device}
         self.block_table = torch.full((rows, max_blocks), -1, **indices)
         self.seqlens = torch.zeros(rows, **indices)
@@ -190,8 +192,8 @@ class GPT(nn.Module):
             # float32 in transformers' order of operations, so that all angles are equal to theirs.
             steps = torch.arange(0, config.head_dim, 2).float() / config.head_dim
             angles = torch.outer(torch.arange(config.context).float(), 1 / config.rope_theta**steps)
-            self.register_buffer("cos", angles.cos(), persistent=False)
-            self.register_buffer("sin", angles.sin(), persistent=False)
+        self.register_buffer("cos", None if is_gpt2 else angles.cos(), persistent=False)
+        self.register_buffer("sin", None if is_gpt2 else angles.sin(), persistent=False)
         if initialise:
             self._initialise(generator or torch.Generator().manual_seed(0))
 
@@ -222,6 +224,10 @@ class GPT(nn.Module):
         parameter = self.embed if self.unembed is None else self.unembed
         if hidden.is_cuda:
             return F.linear(hidden.float(), self._cast(parameter, widen=True))
+        if _kernels_suffice(hidden) and hidden.ndim == 2:
+            logits = torch.empty(hidden.shape[0], self.config.vocab_size)
+            multiply(hidden, self._packed(parameter), None, logits)
+            return logits
         return ops.linear(hidden, self._cast(parameter), out_dtype=torch.float32)
 
     def scores(self, hidden: Tensor) -> Tensor:
@@ -279,6 +285,10 @@ class GPT(nn.Module):
         seqlens advance, in place. The caller has given each row the blocks it needs and keeps it
         within the context.
         """
+        whole = _kernels_suffice(tokens)
+        return (self._decode_in_one_call if whole else self._decode)(tokens, cu_seqlens, cache)
+
+    def _decode(self, tokens: Tensor, cu_seqlens: Tensor, cache: KVCache) -> Tensor:
         config, before = self.config, cache.seqlens
         positions = None
         if self.positions is not None:
@@ -295,6 +305,29 @@ class GPT(nn.Module):
         hidden = self._layers(tokens, positions, attend, 0.0)
         before += cu_seqlens.diff()
         return hidden
+
+    def _decode_in_one_call(self, tokens: Tensor, cu_seqlens: Tensor, cache: KVCache) -> Tensor:
+        """The same on the CPU without a call from Python per kernel: csrc/trunk.h. Same bits."""
+        config = self.config
+        hidden = torch.empty(tokens.shape[0], config.width, dtype=self.compute_dtype)
+        layers = self._while_frozen("layers", lambda: [*map(self._weights_of, self.blocks)])
+        _C.trunk(
+            *(tokens.contiguous(), cu_seqlens.contiguous(), self.embed, self.positions, layers),
+            *(self.norm, self.norm_bias, cache.keys, cache.values),
+            *(cache.block_table.contiguous(), cache.seqlens, self.cos, self.sin, hidden),
+            *(config.heads, config.mlp_width, config.family != "gpt2", config.norm_eps),
+            torch.get_num_threads(),
+        )
+        return hidden
+
+    def _weights_of(self, block: _Block) -> tuple[Tensor | None, ...]:
+        """A layer's parameters, matrices and their biases in the compute dtype."""
+        b, cast, packed = block, self._cast, self._packed
+        return (
+            *(b.norm1, b.norm1_bias, packed(b.qkv), cast(b.qkv_bias), b.q_norm, b.k_norm),
+            *(packed(b.out), cast(b.out_bias), b.norm2, b.norm2_bias),
+            *(packed(b.up), cast(b.up_bias), packed(b.down), cast(b.down_bias)),
+        )
 
     @contextmanager
     def frozen(self) -> Iterator[GPT]:
@@ -318,10 +351,30 @@ class GPT(nn.Module):
 
         if not self._freezes or (torch.is_grad_enabled() and parameter.requires_grad):
             return cast()
-        key = (id(parameter), widen)
+        return self._while_frozen((id(parameter), widen), cast)
+
+    def _packed(self, parameter: Tensor) -> Tensor:
+        """A matrix as `linear.multiply` reads it best: bfloat16 ones are packed while frozen."""
+        if not self._freezes or self.compute_dtype != torch.bfloat16 or not parameter.is_cpu:
+            return self._cast(parameter)
+        return self._while_frozen((id(parameter), "packed"), lambda: self._pack(parameter))
+
+    def _pack(self, parameter: Tensor) -> Tensor:
+        """All packed matrices lie end to end in huge pages."""
+        size = packed_size(parameter)
+        store, used = self._casts.get("store", (None, 0))
+        if store is None or used + size > store.numel():
+            store, used = fresh_pages(torch.empty(max(size, 16 << 20))), 0
+        self._casts["store"] = store, used + size
+        return pack(parameter.to(torch.bfloat16), store[used : used + size])
+
+    def _while_frozen(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` gives, the first time only within `frozen`."""
+        if not self._freezes:
+            return make()
         if key not in self._casts:
             with torch.inference_mode(False), torch.no_grad():
-                self._casts[key] = cast()
+                self._casts[key] = make()
         return self._casts[key]
 
     def _add_norm(self, x, branch, weight, bias, dropout) -> tuple[Tensor, Tensor]:
@@ -672,6 +725,12 @@ def _read_weights(model: GPT, directory: Path) -> None:
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file}: not a readable safetensors file: {error}") from error
     check(not missing, f"{directory}: tensor {next(iter(missing), '')} is missing")
+
+
+def _kernels_suffice(x: Tensor) -> bool:
+    """Whether the kernels may be called as they are, without what torch does around an op."""
+    plain = x.is_cpu and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    return plain and not torch.compiler.is_compiling()
 
 
 def _positions(cu_seqlens: Tensor, n: int, before: Tensor | None = None) -> Tensor:

@@ -6,6 +6,7 @@ from tolerance import assert_close, assert_differentiable_once, assert_same_bits
 
 from instructcore import _C
 from instructcore.ops import linear, linear_reference, linear_token_logprobs, token_logprobs
+from instructcore.ops.linear import multiply, pack, packed_size
 
 # (M, N, K) and why
 SHAPES = {
@@ -103,6 +104,23 @@ def test_a_row_has_its_bits_in_any_batch(shape, dtype, threads, isa):
         wide = torch.full((len(x), shape[2] + 1), torch.nan, dtype=dtype)
         wide[:, :-1] = x
         assert_same_bits(linear(wide[:, :-1], weight, bias), expected, "strided")
+
+
+# With few rows and many, and a last panel of one column, of a vector and of more.
+@pytest.mark.parametrize("columns", [1, 64, 80, 97, 320])
+@pytest.mark.parametrize("depth", [1, 64, 74, 1025, 3000])
+def test_a_packed_weight_gives_the_same_bits(columns, depth, threads, isa, dirty_memory):
+    x, weight, bias = inputs((70, columns, depth), torch.bfloat16)
+    for count in (1, 3):
+        threads(count)
+        packed = pack(weight, torch.full((packed_size(weight),), torch.nan))
+        for rows in (1, 2, 7, 16, 33, 70):
+            for out in (torch.bfloat16, torch.float32):
+                for b in (None, bias):
+                    expected = linear(x[:rows], weight, b, out_dtype=out)
+                    y = torch.empty(rows, columns, dtype=out)
+                    multiply(x[:rows], packed, b, y)
+                    assert_same_bits(y, expected, f"{rows} rows, {count} threads")
 
 
 @pytest.mark.parametrize("shape", BITS, ids=str)

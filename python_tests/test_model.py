@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tolerance import assert_same_bits
 
 from instructcore.errors import UserError
 from instructcore.model import FAMILIES, GPT, KVCache, ModelConfig, load
@@ -212,6 +214,54 @@ def test_decode_equals_hidden(family, chunks):
     assert cache.seqlens.tolist() == lengths
     for row in range(2):
         torch.testing.assert_close(torch.cat(got[row]), want[row], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decode_in_one_call_has_the_bits_of_the_ops(family, dtype, frozen, threads):
+    model, lengths = disturbed(tiny(family)), [40, 0, 23]
+    model.compute_dtype = dtype
+    caches = [KVCache(model, blocks=9, block_size=8, rows=3, max_blocks=6) for _ in range(2)]
+    for cache in caches:
+        cache.block_table[0, :6] = torch.tensor([7, 0, 5, 2, 8, 4])
+        cache.block_table[2, :3] = torch.tensor([1, 6, 3])
+    with torch.no_grad(), model.frozen() if frozen else nullcontext():
+        for step in (lengths, [1, 0, 0], [2, 0, 1]):
+            tokens, cu_seqlens = packed(step)
+            want = model._decode(tokens, cu_seqlens, caches[0])
+            for count in (1, 3):
+                threads(count)
+                before = caches[1].seqlens.clone()
+                assert_same_bits(model.decode(tokens, cu_seqlens, caches[1]), want)
+                assert torch.equal(caches[1].seqlens, caches[0].seqlens)
+                caches[1].seqlens.copy_(before if count == 1 else caches[1].seqlens)
+        logits = model.logits(want)
+    assert_same_bits(logits, model.logits(want).detach())
+
+
+def test_decode_rejects():
+    model = GPT(tiny("qwen2"))
+
+    def decode(tokens=(1, 2, 3), starts=(0, 2, 3), blocks=(0, 1), **other):
+        cache = KVCache(model, blocks=2, block_size=4, rows=2, max_blocks=1)
+        cache.block_table[:, 0] = torch.tensor(blocks)
+        for name, value in other.items():
+            setattr(cache, name, value)
+        model.decode(torch.tensor(tokens), torch.tensor(starts, dtype=torch.int32), cache)
+
+    decode()
+    with pytest.raises(RuntimeError, match=r"trunk: tokens must be in 0..130, got 131 at 1"):
+        decode(tokens=(1, 131, 3))
+    for starts in ((0, 2, 2), (1, 2, 3), (0, 3)):
+        with pytest.raises(RuntimeError, match="trunk: cu_seqlens must span the 3 tokens of 2"):
+            decode(starts=starts)
+    with pytest.raises(RuntimeError, match="block_table must be within 0..1 where tokens are"):
+        decode(blocks=(0, -1))
+    with pytest.raises(RuntimeError, match="must fit its 1 blocks of 4, got 5 tokens"):
+        decode(seqlens=torch.tensor([3, 0], dtype=torch.int32))
+    with pytest.raises(RuntimeError, match="the caches must be contiguous and of the compute type"):
+        decode(keys=[torch.zeros(2, 4, 2, 16).half()] * 2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

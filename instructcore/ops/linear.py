@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -67,6 +69,29 @@ def _run(x, weight, bias, wide):
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, to: Tensor) -> None:
     """to = x W^T + bias"""
     _C.linear_forward(x, weight, bias, to, torch.get_num_threads())
+
+
+def _packed_shape(weight: Tensor) -> tuple[int, int, int]:
+    width = _C.linear_panel()
+    return -(-weight.shape[0] // width), -(-weight.shape[1] // 2), width
+
+
+def packed_size(weight: Tensor) -> int:
+    """Elements of a `pack`ed weight."""
+    return math.prod(_packed_shape(weight))
+
+
+def pack(weight: Tensor, to: Tensor) -> Tensor:
+    """A bfloat16 weight on the CPU in the order in which products read it, for `multiply` alone:
+    where many of few rows read the same one. The results have the same bits.
+
+    Returns:
+        (panels, words, width) in the memory of `to`, float32 (packed_size(weight),); a word is two
+        neighbours of a row.
+    """
+    to = to.view(_packed_shape(weight))
+    _C.linear_pack(last_contiguous(weight), to, torch.get_num_threads())
+    return to
 
 
 def multiply_input(grad: Tensor, weight: Tensor, to: Tensor) -> None:
