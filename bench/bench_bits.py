@@ -2,6 +2,7 @@
 
     python bench/bench_bits.py   # a million, on 24 random models
     python bench/bench_bits.py --models 3 --seed 7
+    python bench/bench_bits.py --record   # the outcome goes to bench/results/bits.md, too
 
 The truth is the trainer's forward over one text alone. Every other way to the same number must give
 its very bits, in float32 and in bfloat16:
@@ -20,14 +21,19 @@ Prints how many were compared and how many differ; the exit status is 1 if any d
 from __future__ import annotations
 
 import argparse
+import datetime
 import random
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+from bench import commit, device_name
 
 from instructcore import ops
 from instructcore.generate import Generator, score
@@ -195,6 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--models", type=int, default=24)
     parser.add_argument("--logprobs", type=int, default=1_000_000, help="at least so many in all")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--record", action="store_true")
     options = parser.parse_args(arguments)
     rng, began = random.Random(options.seed), time.perf_counter()
     torch.manual_seed(options.seed)
@@ -214,12 +221,17 @@ def main(arguments: list[str] | None = None) -> int:
                 compared[way, dtype] += ours.numel()
                 different[way, dtype] += differing(ours, theirs)
             done = sum(count for (way, _), count in compared.items() if way != "rows")
-    print(f"{'way':12}{'dtype':10}{'compared':>12}{'different':>12}")
+    lines = ["| way | dtype | compared | different |", "|---|---|---:|---:|"]
     for (way, dtype), count in sorted(compared.items()):
-        print(f"{way:12}{dtype:10}{count:12,}{different[way, dtype]:12,}")
+        lines.append(f"| {way} | {dtype} | {count:,} | {different[way, dtype]:,} |")
     also = ", ".join(f"{count:,} {name}" for name, count in events.items())
-    print(f"{options.models} models, {rows:,} whole rows; {also}")
-    print(f"{time.perf_counter() - began:.0f} s, {torch.get_num_threads()} threads")
+    lines.append(f"\n{options.models} models, {rows:,} whole rows; {also}.")
+    lines.append(f"{time.perf_counter() - began:.0f} s on {device_name('cpu')}.")
+    print(*lines, sep="\n")
+    if options.record:
+        made = f"`python bench/bench_bits.py`, {datetime.date.today()}, commit {commit()}."
+        text = "\n".join(["# One set of bits", "", made, "", *lines]) + "\n"
+        (Path(__file__).parent / "results" / "bits.md").write_text(text, encoding="utf-8")
     return 1 if different.total() else 0
 
 

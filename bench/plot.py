@@ -77,9 +77,11 @@ def summary(results: list[Result], header: str) -> Iterator[str]:
 
 
 def kind_of(result: Result) -> str:
-    """The op; `attention` is measured in three forms, and `activation` names two ops."""
+    """The op; `attention` is measured in three forms, `generate` in two, `activation` names two."""
     if result.op == "activation":
         return f"`{result.case.split()[0]}`"
+    if result.op == "generate" and result.case.startswith("decode"):
+        return "`generate`, decoding"
     if result.op != "attention":
         return f"`{result.op}`"
     if result.case.startswith("decode"):
