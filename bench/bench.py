@@ -89,15 +89,18 @@ def time_on_gpu(f: Callable[[], object], setup: Callable | None, calls: int) -> 
     return sum(start.elapsed_time(end) for start, end in events) / calls / 1e3
 
 
-def time_once(f: Callable[[], object], setup: Callable | None, device: str, calls: int) -> float:
-    """Seconds per call, over `calls` calls (one when there is a setup to run before each)."""
+def time_once(
+    f: Callable[[], object], setup: Callable | None, device: str, calls: int, wake: bool = True
+) -> float:
+    """Seconds per call, over `calls` calls (one when there is a setup to run before each); `wake`:
+    after one more."""
     if setup is not None:
         setup()
         calls = 1
     if device == "cuda":
         return time_on_gpu(f, setup, calls)
     time.sleep(REST)
-    if setup is None:
+    if setup is None and wake:
         f()  # wakes the threads that it uses
     start = time.perf_counter()
     for _ in range(calls):
@@ -112,25 +115,27 @@ def measure(
 
     A rival that cannot run is named and left out.
     """
+    brief: dict[str, bool] = {}
     calls, most = {}, 10 if device == "cuda" else 1_000_000  # the flush takes as long as most calls
     for name in group[0].variants:
         try:
             for case in group:
                 f, setup = case.variants[name], case.setup.get(name)
-                time_once(f, setup, device, 1)
-            once = time_once(f, setup, device, 1)
+                time_once(f, setup, device, 1, wake=False)
+            once = time_once(f, setup, device, 1, wake=False)
         except Exception as error:
             if name == "ours":
                 raise
             print(f"{name} cannot run {group[0].name} {group[0].dtype}: {str(error)[:200]!r}")
             continue
         calls[name] = max(1, min(most, int(budget / max(once, 1e-7))))
+        brief[name] = once < 0.1  # a longer one's threads need no help
     times: dict[str, list[float]] = {name: [] for name in calls}
     for index in range(rounds):
         case = group[index % len(group)]
         for name in calls:
             f, setup = case.variants[name], case.setup.get(name)
-            times[name].append(time_once(f, setup, device, calls[name]))
+            times[name].append(time_once(f, setup, device, calls[name], brief[name]))
     return times
 
 
