@@ -7,9 +7,9 @@ Each bench_<op>.py offers `cases(device)`, which yields `Case`s. All variants of
 interleaved rounds, so that a busy machine hits them alike; a round's ratio is taken within the
 round. Bytes and FLOPs are what the algorithm must move and do, derived beside each case.
 
-On a CPU what was called before comes to rest, and one call is not timed unless it needs a setup. On
-a GPU each call is timed by CUDA events, behind a write of more than L2 holds and a pause in which
-the host gets ahead; rounds take turns between two sets of a case's tensors.
+On a CPU what was called before comes to rest, and one call is not timed unless it needs a setup or
+takes long. On a GPU each call is timed by CUDA events, behind a write of more than L2 holds and a
+pause in which the host gets ahead; rounds take turns between two sets of a case's tensors.
 """
 
 from __future__ import annotations
@@ -94,11 +94,11 @@ def time_once(
 ) -> float:
     """Seconds per call, over `calls` calls (one when there is a setup to run before each); `wake`:
     after one more."""
-    if setup is not None:
-        setup()
-        calls = 1
+    calls = calls if setup is None else 1
     if device == "cuda":
         return time_on_gpu(f, setup, calls)
+    if setup is not None:
+        setup()
     time.sleep(REST)
     if setup is None and wake:
         f()  # wakes the threads that it uses

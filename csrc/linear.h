@@ -50,12 +50,20 @@ struct LinearArgs {
 // rows, is packed once for all; the bits are the same.
 struct LinearPackArgs {
   LinearMatrix from;
-  void* to;  // (ceil(rows / panel), ceil(depth / 2), panel) words; what has no row is not written
+  void* to;  // (ceil(rows / panel), ceil(depth / 2), panel) words; columns past the last row are 0
+             // up to a multiple of 16, then unwritten
   int64_t rows, depth, panel;
   int threads;
 };
-// The matrix unit takes two registers of columns at a time, vectors four.
-inline int64_t linear_panel() { return has_matrix_unit() ? 32 : 64; }
+// As many columns as a tile has (tile.h), so that a panel is read in one go: the matrix unit takes
+// two of its registers, AVX-512 four of its.
+inline int64_t linear_panel() {
+#if defined(__x86_64__)
+  if (has_matrix_unit()) return 32;
+  if (current_isa() >= Isa::x86_64_v4) return 64;
+#endif
+  return 16;
+}
 
 struct LinearBiasArgs {
   LinearMatrix grad;  // dy (rows, columns)

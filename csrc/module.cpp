@@ -1,6 +1,6 @@
 // The table of contents: one block per op, tensor views -> Args. The only place that knows stream,
 // device and the GIL. Python (instructcore/ops) has checked shapes and types and allocated the
-// outputs.
+// outputs; for trunk, which is no op, all that is done here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <sys/mman.h>
@@ -582,6 +582,12 @@ void gae(TensorView rewards, TensorView values, OptionalView mask, OptionalView 
 // forward may be this, or the weight.
 bool is_packed(const TensorView& weight) { return weight.ndim() == 3; }
 
+bool fits_packed(const TensorView& packed, int64_t rows, int64_t depth) {
+  const int64_t panel = packed.size(2);
+  return panel > 0 && packed.size(1) == (depth + 1) / 2 &&
+         packed.size(0) == (rows + panel - 1) / panel;
+}
+
 ic::LinearMatrix linear_matrix(const TensorView& t) { return {t.raw(), t.stride(0), t.dtype()}; }
 
 void linear(ic::LinearForm form, const TensorView& a, const TensorView& b, const OptionalView& bias,
@@ -594,7 +600,14 @@ void linear(ic::LinearForm form, const TensorView& a, const TensorView& b, const
   args.rows = c.size(0);
   args.columns = c.size(1);
   args.depth = form == ic::LinearForm::kForward ? a.size(1) : b.size(0);
-  if (is_packed(b)) args.b.dtype = ic::Dtype::kBFloat16, args.panel = b.size(2);
+  if (is_packed(b)) {
+    args.panel = b.size(2);
+    args.b.dtype = ic::Dtype::kBFloat16;
+    IC_CHECK(form == ic::LinearForm::kForward && a.dtype() == ic::Dtype::kBFloat16 &&
+                 fits_packed(b, args.columns, args.depth),
+             "linear: a packed weight must be that of a bfloat16 (", args.columns, ", ", args.depth,
+             ") matrix, and x of its type");
+  }
   args.bias = bias ? bias->raw() : nullptr;
   args.bias_dtype = bias ? bias->dtype() : ic::Dtype::kFloat32;
   args.accumulate = accumulate;
@@ -603,6 +616,9 @@ void linear(ic::LinearForm form, const TensorView& a, const TensorView& b, const
 }
 
 void linear_pack(TensorView weight, TensorView to, int threads) {
+  IC_CHECK(
+      weight.dtype() == ic::Dtype::kBFloat16 && fits_packed(to, weight.size(0), weight.size(1)),
+      "linear: only a bfloat16 weight is packed, into (panels, words, width)");
   const ic::LinearPackArgs args{linear_matrix(weight), to.raw(),   weight.size(0),
                                 weight.size(1),        to.size(2), threads};
   run("linear", weight, ic::linear_pack_cpu, nullptr, args);
@@ -881,12 +897,51 @@ void token_logprobs_backward(OptionalView grad_logprobs, OptionalView grad_entro
 ic::TrunkLinear trunk_linear(const TensorView& weight, const OptionalView& bias, ic::Dtype dtype,
                              int64_t rows, int64_t columns) {
   const bool packed = is_packed(weight);
-  IC_CHECK(packed ? dtype == ic::Dtype::kBFloat16 && weight.size(1) == (columns + 1) / 2 &&
-                        weight.size(0) == (rows + weight.size(2) - 1) / weight.size(2)
-                  : weight.dtype() == dtype && weight.size(0) == rows &&
-                        weight.size(1) == columns && weight.stride(0) == columns,
-           "trunk: a weight must be (", rows, ", ", columns, "), contiguous, of the compute type");
+  const bool fits = packed ? dtype == ic::Dtype::kBFloat16 && fits_packed(weight, rows, columns)
+                           : weight.dtype() == dtype && weight.size(0) == rows &&
+                                 weight.size(1) == columns && weight.stride(0) == columns;
+  IC_CHECK(fits && !weight.is_cuda(), "trunk: a weight must be (", rows, ", ", columns,
+           "), contiguous, of the compute type, on the CPU");
   return {weight.raw(), bias ? bias->raw() : nullptr, rows, columns, packed ? weight.size(2) : 0};
+}
+
+// What the kernels follow without further checks: Python has looked at none of it.
+void check_trunk(const TensorView& tokens, const TensorView& cu_q, const TensorView& embed,
+                 const OptionalView& positions, size_t layers, const std::vector<TensorView>& keys,
+                 const std::vector<TensorView>& values, const TensorView& block_table,
+                 const TensorView& held, const OptionalView& cos, const TensorView& hidden) {
+  const char* op = "trunk";
+  const int64_t n = tokens.size(0), sequences = held.size(0);
+  for (const TensorView* where : {&tokens, &cu_q, &embed, &block_table, &held})
+    IC_CHECK(!where->is_cuda(), op, ": tokens, weights and cache must be on the CPU");
+  IC_CHECK(embed.size(1) == hidden.size(1) && embed.stride(0) == embed.size(1), op,
+           ": the embedding must be contiguous, (vocabulary, ", hidden.size(1), ")");
+  check_cu_seqlens(op, cu_q, n);
+  const int32_t* cu = cu_q.data<const int32_t>();
+  IC_CHECK(cu_q.size(0) == sequences + 1 && cu[0] == 0 && cu[sequences] == n, op,
+           ": cu_seqlens must span the ", n, " tokens of ", sequences, " sequences");
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t token = tokens.data<const int64_t>()[i];
+    IC_CHECK(token >= 0 && token < embed.size(0), op, ": tokens must be in 0..", embed.size(0) - 1,
+             ", got ", token, " at ", i);
+  }
+  IC_CHECK(layers > 0 && keys.size() == layers && values.size() == layers, op,
+           ": the cache must have the model's ", layers, " layers, got ", keys.size());
+  for (const std::vector<TensorView>* side : {&keys, &values})
+    for (const TensorView& cache : *side) {
+      bool fits = cache.ndim() == 4 && cache.dtype() == hidden.dtype() && !cache.is_cuda();
+      for (int i = 3, dense = 1; fits && i >= 0; dense *= static_cast<int>(cache.size(i--)))
+        fits = cache.size(i) == keys[0].size(i) && cache.stride(i) == dense;
+      IC_CHECK(fits, op, ": the caches must be contiguous, alike and of the compute type");
+    }
+  IC_CHECK(block_table.size(0) == sequences && held.stride(0) == 1, op, ": block_table must have ",
+           sequences, " rows and seqlens be contiguous");
+  check_pages(block_table, held, cu_q, tokens, cos, keys[0].size(0), keys[0].size(1));
+  for (int64_t b = 0; positions && b < sequences; ++b) {
+    const int64_t end = held.data<const int32_t>()[b] + cu[b + 1] - cu[b];
+    IC_CHECK(end <= positions->size(0), op, ": a sequence must be within the context of ",
+             positions->size(0), ", got ", end, " tokens");
+  }
 }
 
 // `layers`: for each (norm1, norm1_bias, qkv, qkv_bias, q_norm, k_norm, out, out_bias, norm2,
@@ -897,28 +952,16 @@ void trunk(TensorView tokens, TensorView cu_q, TensorView embed, OptionalView po
            const std::vector<TensorView>& values, TensorView block_table, TensorView held,
            OptionalView cos, OptionalView sin, TensorView hidden, int64_t heads, int64_t mlp_width,
            bool gated, float eps, int threads) {
-  const char* op = "trunk";
-  const int64_t n = tokens.size(0), sequences = held.size(0), count = keys[0].size(0),
-                size = keys[0].size(1), kv_heads = keys[0].size(2), dim = keys[0].size(3),
-                width = hidden.size(1);
-  const ic::Dtype dtype = hidden.dtype();
-  check_cu_seqlens(op, cu_q, n);
+  check_trunk(tokens, cu_q, embed, positions, layers.size(), keys, values, block_table, held, cos,
+              hidden);
+  const int64_t sequences = held.size(0), size = keys[0].size(1), kv_heads = keys[0].size(2),
+                dim = keys[0].size(3), width = hidden.size(1);
   const int32_t* cu = cu_q.data<const int32_t>();
-  IC_CHECK(cu_q.size(0) == sequences + 1 && cu[0] == 0 && cu[sequences] == n, op,
-           ": cu_seqlens must span the ", n, " tokens of ", sequences, " sequences");
-  check_pages(block_table, held, cu_q, tokens, cos, count, size);
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t token = tokens.data<const int64_t>()[i];
-    IC_CHECK(token >= 0 && token < embed.size(0), op, ": tokens must be in 0..", embed.size(0) - 1,
-             ", got ", token, " at ", i);
-  }
+  const ic::Dtype dtype = hidden.dtype();
   std::vector<ic::TrunkLayer> stack;
   for (size_t i = 0; i < layers.size(); ++i) {
     const auto& [norm1, norm1_bias, qkv, qkv_bias, q_norm, k_norm, out, out_bias, norm2, norm2_bias,
                  up, up_bias, down, down_bias] = layers[i];
-    for (const TensorView& cache : {keys[i], values[i]})
-      IC_CHECK(cache.dtype() == dtype && cache.stride(0) == size * kv_heads * dim, op,
-               ": the caches must be contiguous and of the compute type");
     stack.push_back({{norm1->data<const float>(), data_or_null<const float>(norm1_bias)},
                      {norm2->data<const float>(), data_or_null<const float>(norm2_bias)},
                      data_or_null<const float>(q_norm),
@@ -955,7 +998,7 @@ void trunk(TensorView tokens, TensorView cu_q, TensorView embed, OptionalView po
   pages.sin = data_or_null<const float>(sin);
   pages.interleaved = true;
   attention.sequences = sequences;
-  attention.queries = n;
+  attention.queries = tokens.size(0);
   attention.keys = block_table.size(1) * size;
   attention.heads = heads;
   attention.kv_heads = kv_heads;
@@ -964,7 +1007,7 @@ void trunk(TensorView tokens, TensorView cu_q, TensorView embed, OptionalView po
   attention.scale = static_cast<float>(std::pow(static_cast<double>(dim), -0.5));
   attention.dtype = attention.kv_dtype = dtype;
   attention.threads = threads;
-  run(op, tokens, ic::trunk_cpu, nullptr, args);
+  run("trunk", tokens, ic::trunk_cpu, nullptr, args);
   for (int64_t b = 0; b < sequences; ++b) held.data<int32_t>()[b] += cu[b + 1] - cu[b];
 }
 #endif

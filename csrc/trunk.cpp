@@ -1,5 +1,7 @@
 #include "trunk.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -13,11 +15,16 @@
 namespace ic {
 namespace {
 
-// What lies between the kernels, in one piece of memory.
+// What lies between the kernels, in one piece of memory; in huge pages where it is large, as it is
+// for whole prompts.
 class Memory {
  public:
-  explicit Memory(size_t bytes) : data_(static_cast<char*>(std::aligned_alloc(kLine, bytes))) {
+  explicit Memory(size_t bytes) {
+    const size_t unit = bytes >= 2 * kPage ? kPage : kLine;
+    bytes = (bytes + unit - 1) / unit * unit;
+    data_.reset(static_cast<char*>(std::aligned_alloc(unit, bytes)));
     if (!data_) throw std::bad_alloc();
+    if (unit == kPage) (void)madvise(data_.get(), bytes, MADV_HUGEPAGE);
   }
   template <class T = void>
   T* take(int64_t bytes) {
@@ -30,7 +37,7 @@ class Memory {
   }
 
  private:
-  static constexpr size_t kLine = 64;
+  static constexpr size_t kLine = 64, kPage = size_t{2} << 20;
   struct Free {
     void operator()(char* memory) const { std::free(memory); }
   };

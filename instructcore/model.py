@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -38,6 +39,8 @@ from .errors import UserError
 from .ops._common import _C, fresh_pages
 from .ops.linear import multiply, pack, packed_size
 
+_NO_STORE = (torch.empty(0), 0)
+_making = threading.RLock()  # of casts, for threads that share a frozen model
 FAMILIES = ("gpt2", "llama", "qwen2", "qwen3")
 
 
@@ -177,7 +180,8 @@ class GPT(nn.Module):
         self.head, self.compute_dtype = head, dtype
         self.token_ids: dict[str, int | list[int] | None] = {}
         self.extra: dict = {}
-        self._freezes, self._casts = 0, {}  # see `frozen`; (id of a parameter, widened): cast
+        self._freezes, self._casts = 0, {}  # see `frozen`; what was made of the weights, by what
+        self._store = _NO_STORE  # memory of packed weights, and how much of it is used
         width, vocab, is_gpt2 = config.width, config.vocab_size, config.family == "gpt2"
         untied = head == "lm" and not config.tie_head
         self.embed = nn.Parameter(torch.empty(vocab, width))
@@ -224,8 +228,10 @@ class GPT(nn.Module):
         parameter = self.embed if self.unembed is None else self.unembed
         if hidden.is_cuda:
             return F.linear(hidden.float(), self._cast(parameter, widen=True))
-        if _kernels_suffice(hidden) and hidden.ndim == 2:
-            logits = torch.empty(hidden.shape[0], self.config.vocab_size)
+        fits = hidden.dtype == self.compute_dtype and hidden.shape[1:] == parameter.shape[1:]
+        if fits and hidden.is_contiguous() and _kernels_suffice(hidden, parameter):
+            shape = (hidden.shape[0], parameter.shape[0])
+            logits = torch.empty(shape, dtype=torch.float32, device="cpu")
             multiply(hidden, self._packed(parameter), None, logits)
             return logits
         return ops.linear(hidden, self._cast(parameter), out_dtype=torch.float32)
@@ -281,11 +287,12 @@ class GPT(nn.Module):
         """Hidden states (N, C) of the next tokens of each row, whose past is in the cache.
 
         Row b continues with tokens cu_seqlens[b] .. cu_seqlens[b + 1] - 1, one for a decode step,
-        more for a chunk of a prompt. Their keys and values are appended to the cache, and its
-        seqlens advance, in place. The caller has given each row the blocks it needs and keeps it
-        within the context.
+        more for a chunk of a prompt; on the CPU every token belongs to a row. Their keys and values
+        are appended to the cache, and its seqlens advance, in place. The caller has given each row
+        the blocks it needs and keeps it within the context.
         """
-        whole = _kernels_suffice(tokens)
+        tensors = (tokens, cu_seqlens, self.embed, cache.keys[0], cache.seqlens, cache.block_table)
+        whole = _kernels_suffice(*tensors)
         return (self._decode_in_one_call if whole else self._decode)(tokens, cu_seqlens, cache)
 
     def _decode(self, tokens: Tensor, cu_seqlens: Tensor, cache: KVCache) -> Tensor:
@@ -309,10 +316,17 @@ class GPT(nn.Module):
     def _decode_in_one_call(self, tokens: Tensor, cu_seqlens: Tensor, cache: KVCache) -> Tensor:
         """The same on the CPU without a call from Python per kernel: csrc/trunk.h. Same bits."""
         config = self.config
-        hidden = torch.empty(tokens.shape[0], config.width, dtype=self.compute_dtype)
+        shape = (tokens.shape[0], config.width)
+        hidden = torch.empty(shape, dtype=self.compute_dtype, device="cpu")
         layers = self._while_frozen("layers", lambda: [*map(self._weights_of, self.blocks)])
         _C.trunk(
-            *(tokens.contiguous(), cu_seqlens.contiguous(), self.embed, self.positions, layers),
+            *(
+                tokens.long().contiguous(),
+                cu_seqlens.contiguous(),
+                self.embed,
+                self.positions,
+                layers,
+            ),
             *(self.norm, self.norm_bias, cache.keys, cache.values),
             *(cache.block_table.contiguous(), cache.seqlens, self.cos, self.sin, hidden),
             *(config.heads, config.mlp_width, config.family != "gpt2", config.norm_eps),
@@ -339,6 +353,7 @@ class GPT(nn.Module):
             self._freezes -= 1
             if not self._freezes:
                 self._casts.clear()
+                self._store = _NO_STORE
 
     def _cast(self, parameter: Tensor | None, widen: bool = False) -> Tensor | None:
         """The parameter in the compute dtype; `widen`: those values in float32."""
@@ -361,21 +376,22 @@ class GPT(nn.Module):
 
     def _pack(self, parameter: Tensor) -> Tensor:
         """All packed matrices lie end to end in huge pages."""
-        size = packed_size(parameter)
-        store, used = self._casts.get("store", (None, 0))
-        if store is None or used + size > store.numel():
-            store, used = fresh_pages(torch.empty(max(size, 16 << 20))), 0
-        self._casts["store"] = store, used + size
+        size, (store, used) = packed_size(parameter), self._store
+        if used + size > store.numel():
+            floats = max(size, 16 << 20)
+            store, used = fresh_pages(torch.empty(floats, dtype=torch.float32, device="cpu")), 0
+        self._store = store, used + size
         return pack(parameter.to(torch.bfloat16), store[used : used + size])
 
     def _while_frozen(self, key: Any, make: Callable[[], Any]) -> Any:
         """What `make` gives, the first time only within `frozen`."""
         if not self._freezes:
             return make()
-        if key not in self._casts:
-            with torch.inference_mode(False), torch.no_grad():
-                self._casts[key] = make()
-        return self._casts[key]
+        with _making:
+            if key not in self._casts:
+                with torch.inference_mode(False), torch.no_grad():
+                    self._casts[key] = make()
+            return self._casts[key]
 
     def _add_norm(self, x, branch, weight, bias, dropout) -> tuple[Tensor, Tensor]:
         """(x + branch, its norm in the compute dtype); without a branch yet, x itself."""
@@ -727,10 +743,10 @@ def _read_weights(model: GPT, directory: Path) -> None:
     check(not missing, f"{directory}: tensor {next(iter(missing), '')} is missing")
 
 
-def _kernels_suffice(x: Tensor) -> bool:
+def _kernels_suffice(*tensors: Tensor) -> bool:
     """Whether the kernels may be called as they are, without what torch does around an op."""
-    plain = x.is_cpu and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-    return plain and not torch.compiler.is_compiling()
+    around = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
+    return all(x.is_cpu for x in tensors) and not around and not torch.compiler.is_compiling()
 
 
 def _positions(cu_seqlens: Tensor, n: int, before: Tensor | None = None) -> Tensor:

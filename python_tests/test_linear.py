@@ -123,6 +123,18 @@ def test_a_packed_weight_gives_the_same_bits(columns, depth, threads, isa, dirty
                     assert_same_bits(y, expected, f"{rows} rows, {count} threads")
 
 
+def test_rejects_a_packed_weight_of_another_shape():
+    x, weight, _ = inputs((3, 40, 64), torch.bfloat16)
+    packed = pack(weight, torch.empty(packed_size(weight)))
+    for rows, columns in ((x[:, :48], 40), (x, 4000), (x.float(), 40)):
+        with pytest.raises(
+            RuntimeError, match="linear: a packed weight must be that of a bfloat16"
+        ):
+            multiply(rows, packed, None, torch.empty(3, columns))
+    with pytest.raises(RuntimeError, match="linear: only a bfloat16 weight is packed"):
+        pack(weight.float(), torch.empty(packed_size(weight)))
+
+
 @pytest.mark.parametrize("shape", BITS, ids=str)
 def test_gradients_are_deterministic(shape, dtype, threads):
     leaves, upstream = inputs(shape, dtype), torch.randn(shape[:2]).to(dtype)

@@ -260,8 +260,44 @@ def test_decode_rejects():
         decode(blocks=(0, -1))
     with pytest.raises(RuntimeError, match="must fit its 1 blocks of 4, got 5 tokens"):
         decode(seqlens=torch.tensor([3, 0], dtype=torch.int32))
-    with pytest.raises(RuntimeError, match="the caches must be contiguous and of the compute type"):
-        decode(keys=[torch.zeros(2, 4, 2, 16).half()] * 2)
+    caches = [torch.zeros(2, 4, 2, 16)] * 2
+    for bad in (
+        [x.half() for x in caches],
+        [caches[0], torch.zeros(1, 4, 2, 16)],
+        [torch.zeros(2, 2, 4, 16).transpose(1, 2)] * 2,
+        [torch.zeros(2, 128)] * 2,
+    ):
+        with pytest.raises(RuntimeError, match="the caches must be contiguous, alike and of"):
+            decode(values=bad)
+    with pytest.raises(RuntimeError, match="the cache must have the model's 2 layers, got 1"):
+        decode(keys=caches[:1], values=caches[:1])
+    with pytest.raises(RuntimeError, match="block_table must have 2 rows and seqlens be contigu"):
+        decode(block_table=torch.zeros(1, 1, dtype=torch.int32))
+    with pytest.raises(RuntimeError, match="block_table must have 2 rows and seqlens be contigu"):
+        decode(seqlens=torch.zeros(4, dtype=torch.int32)[::2])
+
+
+def test_decode_of_gpt2_stays_within_its_positions():
+    model = GPT(tiny("gpt2"))
+    cache = KVCache(model, blocks=13, block_size=8, rows=1, max_blocks=13)
+    cache.block_table[0] = torch.arange(13)
+    with pytest.raises(RuntimeError, match="within the context of 96, got 97 tokens"):
+        model.decode(*packed([97]), cache)
+
+
+def test_logits_of_any_hidden_states():
+    """Those that the kernel does not take as they are go through the op, with its errors."""
+    model = disturbed(tiny(), dtype=torch.bfloat16)
+    hidden = torch.randn(64, 6).bfloat16().t()
+    with torch.no_grad(), model.frozen():
+        want = model.logits(hidden.contiguous())
+        assert_same_bits(model.logits(hidden), want)
+        assert_same_bits(model.logits(hidden.contiguous().view(2, 3, 64)), want.view(2, 3, -1))
+        assert_same_bits(model.logits(hidden[2].contiguous()), want[2])
+        with pytest.raises(ValueError, match=r"linear: x must be \(..., K\)"):
+            model.logits(torch.zeros(3, 72).bfloat16())
+        with pytest.raises(TypeError, match="linear: weight must be torch.float32"):
+            model.logits(torch.zeros(3, 64))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -323,13 +359,21 @@ def test_bfloat16(family):
 
 def test_frozen_sees_updates_outside():
     model, (tokens, cu_seqlens) = disturbed(tiny(), dtype=torch.bfloat16), packed([8])
-    with torch.no_grad(), model.frozen():
-        before = model.hidden(tokens, cu_seqlens)
+
+    def all_three():
+        cache = KVCache(model, blocks=1, block_size=8, rows=1, max_blocks=1)
+        cache.block_table[0] = 0
+        with torch.no_grad(), model.frozen():
+            hidden = model.hidden(tokens, cu_seqlens)
+            return hidden, model.decode(tokens, cu_seqlens, cache), model.logits(hidden)
+
+    before = all_three()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     model.hidden(tokens, cu_seqlens).float().square().sum().backward()
     optimizer.step()
-    with torch.no_grad(), model.frozen():
-        assert not torch.equal(model.hidden(tokens, cu_seqlens), before)
+    now = all_three()
+    assert not any(map(torch.equal, now, before))
+    assert_same_bits(now[1], now[0])
 
 
 @pytest.mark.checklist(27)
