@@ -316,21 +316,14 @@ class GPT(nn.Module):
     def _decode_in_one_call(self, tokens: Tensor, cu_seqlens: Tensor, cache: KVCache) -> Tensor:
         """The same on the CPU without a call from Python per kernel: csrc/trunk.h. Same bits."""
         config = self.config
-        shape = (tokens.shape[0], config.width)
-        hidden = torch.empty(shape, dtype=self.compute_dtype, device="cpu")
+        hidden = torch.empty(tokens.shape[0], config.width, dtype=self.compute_dtype, device="cpu")
         layers = self._while_frozen("layers", lambda: [*map(self._weights_of, self.blocks)])
+        fed = tokens.long().contiguous(), cu_seqlens.contiguous()
+        held = cache.keys, cache.values, cache.block_table.contiguous(), cache.seqlens
+        shape = config.heads, config.mlp_width, config.family != "gpt2", config.norm_eps
         _C.trunk(
-            *(
-                tokens.long().contiguous(),
-                cu_seqlens.contiguous(),
-                self.embed,
-                self.positions,
-                layers,
-            ),
-            *(self.norm, self.norm_bias, cache.keys, cache.values),
-            *(cache.block_table.contiguous(), cache.seqlens, self.cos, self.sin, hidden),
-            *(config.heads, config.mlp_width, config.family != "gpt2", config.norm_eps),
-            torch.get_num_threads(),
+            *(*fed, self.embed, self.positions, layers, self.norm, self.norm_bias),
+            *(*held, self.cos, self.sin, hidden, *shape, torch.get_num_threads()),
         )
         return hidden
 
@@ -364,7 +357,7 @@ class GPT(nn.Module):
             rounded = parameter.to(self.compute_dtype)
             return rounded.float() if widen else rounded
 
-        if not self._freezes or (torch.is_grad_enabled() and parameter.requires_grad):
+        if torch.is_grad_enabled() and parameter.requires_grad:
             return cast()
         return self._while_frozen((id(parameter), widen), cast)
 
