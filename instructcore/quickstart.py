@@ -88,7 +88,7 @@ def recipe(out: Path, data: dict[str, Path], config: QuickstartConfig) -> Recipe
         sft.SFTConfig(
             init=str(out / "pretrain"),
             data=(str(data["demonstrations"]),),
-            epochs=2,
+            epochs=3,
             batch=32,
             optim=OptimConfig(lr=2e-3, warmup=0.03),
             run=run("sft", save_every=0),

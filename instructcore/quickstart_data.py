@@ -12,7 +12,7 @@ Five families, each asked half in Chinese, half in English:
   article      "Write an article about red apples at the park."   three sentences on the topic
   summary      three short sentences                               one that says it all
   code         "x plus y, then times 3"                            def f(x, y): return (x + y) * 3
-  chat         a question on two facts, a greeting, small talk     one or two sentences
+  chat         a fact and a question on it, a greeting, small talk one or two sentences
   translation  a sentence                                          the same fact, other language
 """
 
@@ -346,14 +346,11 @@ class _Maker:
             form = self.pick(texts["greetings" if greets else "small_talk"][language])
             answer = [[("hello", name)]] * greets + [[("too", *liked)]]
             return world().fill(form, language, _slots(fact)), [fact], answer
-        facts = [self.fact("does"), self.fact("does")]
-        while any(a == b for a, b in zip(facts[0][1:], facts[1][1:], strict=True)):
-            facts[1] = self.fact("does")
-        slots, question = _slots(self.pick(facts)), self.pick(texts["questions"])
-        parts = [world().say(fact, language) for fact in facts]
-        parts.append(world().fill(question[language], language, slots))
+        fact, question = self.fact("does"), self.pick(texts["questions"])
+        slots = _slots(fact)
+        asked = [world().say(fact, language), world().fill(question[language], language, slots)]
         words = (slots[slot] for slot in texts["facts"][question["answer"]]["slots"])
-        return _join(parts, language), facts, [[(question["answer"], *words)]]
+        return _join(asked, language), [fact], [[(question["answer"], *words)]]
 
     def say(self, answer: list | str, language: str) -> str:
         """A right and concise response, in the given language."""
