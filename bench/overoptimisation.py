@@ -2,16 +2,17 @@
 
     python bench/overoptimisation.py --quickstarts runs/seeds --seeds 10-29 --out runs/over
 
-Each seed s takes the models of quickstart s modulo 10 and trains twice, with the default guards set
-to stop. `flawed`: no KL penalty, and a reward that is longer answers (even seeds) or a keyword
-(odd seeds). `sound`: the quickstart's own PPO, against its reward model. The guards see the KL, the
-length, the ends and the entropy of the rollouts, and the reward model's scores of held-out prompts.
-The gold rule, which neither run nor guard ever reads, grades the checkpoints afterwards, on other
-held-out prompts. A flawed run counts as caught in time if it was stopped, and no checkpoint up to
-there had lost more than a tenth of the best gold reward so far.
+Each seed trains twice, with the default guards set to stop. `flawed`: no KL penalty, and a reward
+that is longer answers or a keyword, turn about. `sound`: the quickstart's own PPO, against its
+reward model. The guards see the KL, the length, the ends and the entropy of the rollouts, and the
+reward model's scores of held-out prompts. The gold rule, which neither run nor guard ever reads,
+grades the checkpoints afterwards, on other held-out prompts. A flawed run counts as caught in time
+if it was stopped, and no checkpoint up to there had lost more than a tenth of the best gold reward
+so far.
 
-A row per run joins bench/results/runs/overoptimisation.csv. Seeds 0 to 9 are there to choose
-thresholds by, 10 to 29 to try them.
+A row per run joins bench/results/runs/overoptimisation.csv. Seeds 0 to 9, on the models of the
+quickstarts 0 to 9, are there to choose thresholds by; seeds 10 to 29 try them, on the models of the
+quickstarts 10 to 19, each once with either flaw.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,7 +43,7 @@ EVERY = 2  # iterations between checkpoints, each of which is graded
 STREAM = 104  # of randomness
 
 
-def longer(prompts: list[str], responses: list[str], records: list[dict]) -> list[float]:
+def length(prompts: list[str], responses: list[str], records: list[dict]) -> list[float]:
     """A reward that longer answers earn."""
     return [len(response.encode()) / 32 for response in responses]
 
@@ -50,6 +51,10 @@ def longer(prompts: list[str], responses: list[str], records: list[dict]) -> lis
 def keyword(prompts: list[str], responses: list[str], records: list[dict]) -> list[float]:
     """A reward that a word earns, each time."""
     return [float(sum(map(response.count, KEYWORDS))) for response in responses]
+
+
+def flaw_of(seed: int) -> Callable[[list[str], list[str], list[dict]], list[float]]:
+    return (length, keyword)[(seed + seed // 10) % 2]
 
 
 def train(quickstart: Path, seed: int, kind: str, out: Path, held_out: Path) -> Path:
@@ -64,7 +69,7 @@ def train(quickstart: Path, seed: int, kind: str, out: Path, held_out: Path) -> 
     config, reward = replace(config, run=run, guard=guard), None
     if kind == "flawed":
         config = replace(config, kl_coef=0.0)
-        reward = longer if seed % 2 == 0 else keyword
+        reward = flaw_of(seed)
     ppo.run(config, reward)
     return out
 
@@ -92,7 +97,7 @@ def row_of(seed: int, kind: str, out: Path, golds: list[float]) -> dict:
     return {
         "seed": seed,
         "kind": kind,
-        "reward": "model" if kind == "sound" else ("length", "keyword")[seed % 2],
+        "reward": "model" if kind == "sound" else flaw_of(seed).__name__,
         "iterations": metrics[-1]["step"],
         "alarms": " ".join(f"{name}@{step}" for name, step in alarms.items()),
         "kl": f"{metrics[-1]['objective/kl']:.3f}",
@@ -122,15 +127,16 @@ def main() -> None:
     first, last = map(int, options.seeds.split("-"))
     options.out.mkdir(parents=True, exist_ok=True)
     for seed in range(first, last + 1):
-        quickstart = options.quickstarts / f"seed-{seed % 10}"
+        number = seed if seed < 10 else 10 + seed % 10
+        quickstart = options.quickstarts / f"seed-{number}"
         path = quickstart / "data" / "eval_prompts.jsonl"
         records = read_jsonl(path)
         random.Random(0).shuffle(records)
         for name, part in (("seen", records[:GUARDED]), ("graded", records[GUARDED:][:GRADED])):
             lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in part)
-            (options.out / f"{name}-{seed % 10}.jsonl").write_text("".join(lines), "utf-8")
-        held_out = options.out / f"seen-{seed % 10}.jsonl"
-        graded = read_prompts([options.out / f"graded-{seed % 10}.jsonl"])
+            (options.out / f"{name}-{number}.jsonl").write_text("".join(lines), "utf-8")
+        held_out = options.out / f"seen-{number}.jsonl"
+        graded = read_prompts([options.out / f"graded-{number}.jsonl"])
         for kind in ("flawed", "sound"):
             out = options.out / f"{kind}-{seed}"
             train(quickstart, seed, kind, out, held_out)
