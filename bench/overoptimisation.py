@@ -3,7 +3,7 @@
     python bench/overoptimisation.py --quickstarts runs/seeds --seeds 10-29 --out runs/over
 
 Each seed trains twice, with the default guards set to stop. `flawed`: no KL penalty, and a reward
-that is longer answers or a keyword, turn about. `sound`: the quickstart's own PPO, against its
+that is longer answers or a keyword. `sound`: the quickstart's own PPO, against its
 reward model. The guards see the KL, the length, the ends and the entropy of the rollouts, and the
 reward model's scores of held-out prompts. The gold rule, which neither run nor guard ever reads,
 grades the checkpoints afterwards, on other held-out prompts. A flawed run counts as caught in time
@@ -12,7 +12,7 @@ so far.
 
 A row per run joins bench/results/runs/overoptimisation.csv. Seeds 0 to 9, on the models of the
 quickstarts 0 to 9, are there to choose thresholds by; seeds 10 to 29 try them, on the models of the
-quickstarts 10 to 19, each once with either flaw.
+quickstarts 10 to 19, each taken twice: once with either flaw, and two sound runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from bench import commit
 
 from instructcore import ppo
 from instructcore.data import Prompt, read_jsonl, read_prompts
-from instructcore.evaluate import sample_responses
+from instructcore.evaluate import RewardFunction, sample_responses
 from instructcore.generate import SamplingParams
 from instructcore.guards import GuardConfig
 from instructcore.model import load
@@ -53,7 +53,7 @@ def keyword(prompts: list[str], responses: list[str], records: list[dict]) -> li
     return [float(sum(map(response.count, KEYWORDS))) for response in responses]
 
 
-def flaw_of(seed: int) -> Callable[[list[str], list[str], list[dict]], list[float]]:
+def flaw_of(seed: int) -> RewardFunction:
     return (length, keyword)[(seed + seed // 10) % 2]
 
 

@@ -330,21 +330,18 @@ def best_constant(prompts: Sequence[Prompt], data: dict[str, Path]) -> tuple[flo
 
 def clear_accuracy(out: Path, config: QuickstartConfig) -> float:
     """The reward model's share of right pairs on held-out prompts, where gold differs by CLEAR."""
-    comparisons = read_comparisons([out / "data" / "comparisons.jsonl"])
-    comparisons = [c for c in comparisons if reward.pairs_of(c.ranks)]  # as the stage splits them
-    plan = recipe(out, dict.fromkeys(("pretrain", "demonstrations", "ppo_prompts"), out), config)
-    _, held_out = sft.split(comparisons, plan.reward.val_fraction, config.seed)
     path = newest_checkpoint(out / "reward")
     model, tokenizer = load(path, device=choose_device(config.device)).eval(), Tokenizer.load(path)
+    unused = dict.fromkeys(("pretrain", "demonstrations", "ppo_prompts"), out)
+    plan, context = recipe(out, unused, config).reward, model.config.context
+    untied = [c for c in read_comparisons(plan.data) if reward.pairs_of(c.ranks)]
+    rankings = reward.encode(untied, tokenizer, context, plan.overlong)
+    _, held_out = sft.split(rankings, plan.val_fraction, config.seed)
     right = total = 0
-    for comparison in held_out:
-        rows = [
-            tokenizer.prompt_ids(comparison.prompt) + tokenizer.encode(r) + [tokenizer.eos_id]
-            for r in comparison.responses
-        ]
+    for ranking in held_out:
         with torch.no_grad():
-            scores = reward.response_scores(model, rows).tolist()
-        gold = comparison.record["gold"]
+            scores = reward.response_scores(model, ranking.rows).tolist()
+        gold = ranking.source.record["gold"]
         clear = [
             (i, j) for i in range(len(gold)) for j in range(len(gold)) if gold[i] - gold[j] >= CLEAR
         ]

@@ -56,6 +56,7 @@ class Ranking(NamedTuple):
     pairs: list[tuple[int, int]]  # (better, worse), ties left out
     best: int
     begin: int  # where the response begins, in every row
+    source: Comparison | None = None
 
 
 def pairs_of(ranks: Sequence[float]) -> list[tuple[int, int]]:
@@ -218,7 +219,7 @@ def encode(
             tied += 1
         else:
             best = comparison.ranks.index(min(comparison.ranks))
-            rankings.append(Ranking(rows, pairs, best, len(prompt)))
+            rankings.append(Ranking(rows, pairs, best, len(prompt), comparison))
     report_dropped(too_long, len(comparisons), "comparisons", context)
     if tied:
         print(f"{tied} of {len(comparisons)} prompts have tied responses alone: left out")
