@@ -114,7 +114,7 @@ def recipe(out: Path, data: dict[str, Path], config: QuickstartConfig) -> Recipe
             pretrain_data=text,
             optim=OptimConfig(lr=2e-4, schedule="cosine", warmup=5, eps=1e-5, weight_decay=0.0),
             critic_lr=6e-4,
-            run=run("ppo", save_every=8, keep=100),
+            run=run("ppo", save_every=8, keep=100, log_every=1),
         ),
     )
 
