@@ -38,7 +38,7 @@ from instructcore.tokenizer import Tokenizer
 from instructcore.train import checkpoints_of, mix, newest_checkpoint
 
 KEYWORDS = ("good", "好")
-GUARDED, GRADED = 64, 192  # held-out prompts that the guards see, and others that gold grades
+GUARDED, GRADED = 192, 192  # held-out prompts that the guards see, and others that gold grades
 EVERY = 2  # iterations between checkpoints, each of which is graded
 STREAM = 104  # of randomness
 

@@ -16,12 +16,14 @@ The defaults and their reasons, which are ours:
     guard_length 2     rewards for mere length double it soon; an honest change of style rarely does
     guard_eos 0.2      one response in five is cut off that would have ended before
     guard_entropy 0.25 a quarter of the choices left: too few to explore with
-    guard_drop 3       standard errors, not 2, since every evaluation is one more chance of an alarm
+    guard_drop 2.5     standard errors, not 2, since every evaluation is one more chance of an alarm
+    guard_every 2      a policy that games its reward can lose a tenth of what it was worth in 8
     guard_window 5     within the default warm-up of 10; five batches even out a single odd one
 
 The held-out score is that of a judge that is not optimised (a second reward model, or a function)
-on greedy answers to prompts that are not trained on. Where it falls while the reward still rises,
-the reward model is over-optimised (Gao et al. 2022, arXiv:2210.10760).
+on greedy answers to prompts that are not trained on, the more the better: the standard error is
+theirs. Where it falls while the reward still rises, the reward model is over-optimised (Gao et al.
+2022, arXiv:2210.10760). `bench/overoptimisation.py` tries the defaults.
 """
 
 from __future__ import annotations
@@ -78,9 +80,9 @@ class GuardConfig:
         0.25, "least entropy per token", unit="share of the first", range="[0, 1)"
     )
     guard_reward: str = option("", "second judge, not optimised: a reward model, module:function")
-    guard_every: int = option(10, "time between its scores", unit="iterations", range="[1, inf)")
+    guard_every: int = option(2, "time between its scores", unit="iterations", range="[1, inf)")
     guard_drop: float = option(
-        3.0, "most fall of its score from the best", unit="standard errors", range="[0, inf)"
+        2.5, "most fall of its score from the best", unit="standard errors", range="[0, inf)"
     )
     held_out: tuple[str, ...] = option(
         (), "prompts not trained on, for --guard-reward and samples.jsonl", metavar="FILE"

@@ -57,7 +57,7 @@ class QuickstartConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The work, fixed whatever the clock says: about 230 s on two cores that multiply bfloat16."""
+    """The work, fixed whatever the clock says: about 250 s on a core that multiplies bfloat16."""
 
     pretrain: pretrain.PretrainConfig
     sft: sft.SFTConfig

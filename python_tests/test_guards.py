@@ -108,7 +108,7 @@ def test_the_first_iterations_count_together():
 
 
 def test_held_out_scores_against_the_best_by_hand():
-    alarms = Alarms(GuardConfig(), {})
+    alarms = Alarms(GuardConfig(guard_drop=3.0), {})
     best = [1.0, 2.0, 3.0, 6.0]
     assert alarms.compare(0, best) == (0.0, True)
     # Falls 1, 0, 1, 2: mean 1, deviation √(2/3), standard error √(2/3) / 2, three of them 1.2247
