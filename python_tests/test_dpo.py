@@ -73,7 +73,7 @@ def truth(policy, reference, rankings, config):
         return -F.cross_entropy(logits[begin - 1 : -1], tokens[begin:], reduction="none")
 
     total = 0.0
-    for rows, pairs, _, begin in rankings:
+    for rows, pairs, _, begin, _ in rankings:
         losses = []
         for pair in pairs:
             (w, ref_w), (lo, ref_l) = (
@@ -188,7 +188,7 @@ def test_order_does_not_matter(models):
     policy, reference = models
     made, config = random_rankings(8), DPOConfig()
     shuffled = []
-    for rows, pairs, _, begin in made[::-1]:
+    for rows, pairs, _, begin, _ in made[::-1]:
         last = len(rows) - 1
         shuffled.append(Ranking(rows[::-1], [(last - i, last - j) for i, j in pairs], 0, begin))
     one, other = (batch_loss(policy, reference, x, 8, config) for x in (made, shuffled))
