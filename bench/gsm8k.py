@@ -60,7 +60,7 @@ def stages(options: argparse.Namespace) -> dict[str, Any]:
         run = RunConfig(
             out=str(out / name), seed=options.seed, device=device, resume=resume, log_every=1
         )
-        return config(**settings, optim=replace(config().optim, lr=lr), run=run)
+        return config(**settings, optim=replace(config.optim, lr=lr), run=run)
 
     ranked = {"data": (str(options.solutions),), "val_fraction": 0.2, "epochs": 2, "batch": 16}
     tuned = {"init": str(out / "sft")}
