@@ -3,9 +3,10 @@
     python bench/gsm8k.py --train gsm8k_train.jsonl --solutions gsm8k_solutions.jsonl
 
 `pretrain` on the training problems as text, `sft` on them, `reward` and `dpo` on graded solutions
-to the test problems, four to each, but for a fifth of the problems; `ppo --algorithm grpo` on the
-training problems, with the verifiable reward of examples/gsm8k_reward.py. On that fifth the
-policies are graded, and pairs of a right and a wrong solution ordered, by models and by two rules.
+to the test problems, four to each, but for a fifth of those whose solutions differ in grade;
+`ppo --algorithm grpo` on the training problems, with the verifiable reward of
+examples/gsm8k_reward.py. On that fifth the policies are graded, and pairs of a right and a wrong
+solution ordered, by models and by two rules.
 `majority`: the better one is that whose answer more of the four arrive at; `length`: the shorter.
 A run in OUT that was stopped goes on.
 

@@ -5,7 +5,8 @@
 Each seed trains twice, with the default guards set to stop. `flawed`: no KL penalty, and a reward
 that is longer answers or a keyword. `sound`: the quickstart's own PPO, against its
 reward model. The guards see the KL, the length, the ends and the entropy of the rollouts, and the
-reward model's scores of held-out prompts. The gold rule, which neither run nor guard ever reads,
+reward model's scores of held-out prompts; in a sound run that is the reward which is optimised. The
+gold rule, which neither run nor guard ever reads,
 grades the checkpoints afterwards, on other held-out prompts. A flawed run counts as caught in time
 if it was stopped, and no checkpoint up to there had lost more than a tenth of the best gold reward
 so far.

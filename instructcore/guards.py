@@ -17,7 +17,7 @@ The defaults and their reasons, which are ours:
     guard_eos 0.2      one response in five is cut off that would have ended before
     guard_entropy 0.25 a quarter of the choices left: too few to explore with
     guard_drop 2.5     standard errors, not 2, since every evaluation is one more chance of an alarm
-    guard_every 2      a policy that games its reward can lose a tenth of what it was worth in 8
+    guard_every 2      a policy that games its reward can lose a tenth of what it was worth in 6
     guard_window 5     within the default warm-up of 10; five batches even out a single odd one
 
 The held-out score is that of a judge that is not optimised (a second reward model, or a function)
@@ -80,7 +80,12 @@ class GuardConfig:
         0.25, "least entropy per token", unit="share of the first", range="[0, 1)"
     )
     guard_reward: str = option("", "second judge, not optimised: a reward model, module:function")
-    guard_every: int = option(2, "time between its scores", unit="iterations", range="[1, inf)")
+    guard_every: int = option(
+        2,
+        "time between its scores; without it, between saves of the best",
+        unit="iterations",
+        range="[1, inf)",
+    )
     guard_drop: float = option(
         2.5, "most fall of its score from the best", unit="standard errors", range="[0, inf)"
     )

@@ -56,7 +56,7 @@ class Ranking(NamedTuple):
     pairs: list[tuple[int, int]]  # (better, worse), ties left out
     best: int
     begin: int  # where the response begins, in every row
-    source: Comparison | None = None
+    source: Comparison  # as it was read
 
 
 def pairs_of(ranks: Sequence[float]) -> list[tuple[int, int]]:

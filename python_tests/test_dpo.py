@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from toy_data import (
+    UNREAD,
     command_line,
     files_of,
     read_metrics,
@@ -60,7 +61,7 @@ def random_rankings(n=6, seed=0):
         prompt, k = draw(0, 40, draw(1, 7)), draw(2, 6)
         rows = [prompt + draw(0, 40, draw(1, 10)) for _ in range(k)]
         ranks = draw(0, 3, k - 1) + [9]
-        made.append(Ranking(rows, pairs_of(ranks), 0, len(prompt)))
+        made.append(Ranking(rows, pairs_of(ranks), 0, len(prompt), UNREAD))
     return made
 
 
@@ -138,8 +139,8 @@ def test_figures_are_means_over_the_pairs_of_each_prompt(models):
     policy, reference = models
     # Prompt 1: one pair; prompt 2: response 1 beats the tied 0 and 2.
     made = [
-        Ranking([[1, 2, 3], [1, 4]], [(0, 1)], 0, 1),
-        Ranking([[5, 6, 7], [5, 6, 8], [5, 6, 9]], [(1, 0), (1, 2)], 1, 2),
+        Ranking([[1, 2, 3], [1, 4]], [(0, 1)], 0, 1, UNREAD),
+        Ranking([[5, 6, 7], [5, 6, 8], [5, 6, 9]], [(1, 0), (1, 2)], 1, 2, UNREAD),
     ]
     found = batch_loss(policy, reference, made, 2, DPOConfig(beta=0.5))
 
@@ -190,7 +191,9 @@ def test_order_does_not_matter(models):
     shuffled = []
     for rows, pairs, _, begin, _ in made[::-1]:
         last = len(rows) - 1
-        shuffled.append(Ranking(rows[::-1], [(last - i, last - j) for i, j in pairs], 0, begin))
+        shuffled.append(
+            Ranking(rows[::-1], [(last - i, last - j) for i, j in pairs], 0, begin, UNREAD)
+        )
     one, other = (batch_loss(policy, reference, x, 8, config) for x in (made, shuffled))
     assert abs(one.loss - other.loss) <= 1e-6 * one.loss
     torch.testing.assert_close(one.figures, other.figures)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from toy_data import (
+    UNREAD,
     command_line,
     files_of,
     read_metrics,
@@ -49,7 +50,7 @@ def rankings(n=6, k=4, seed=0):
     for _ in range(n):
         rows = [torch.randint(0, 256, (5 + i,), generator=generator).tolist() for i in range(k)]
         ranks = torch.randint(0, 3, (k - 1,), generator=generator).tolist() + [9]
-        made.append(Ranking(rows, pairs_of(ranks), 0, 2))
+        made.append(Ranking(rows, pairs_of(ranks), 0, 2, UNREAD))
     return made
 
 

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import torch
 
+from instructcore.data import Comparison
 from instructcore.model import GPT, ModelConfig
 from instructcore.tokenizer import Tokenizer
 
 WORDS = "red green blue gold grey pink".split()
+
+UNREAD = Comparison("", (), (), {})  # of rankings that no file held
 
 
 def write_jsonl(path: Path, records: list[dict]) -> Path:
