@@ -28,19 +28,17 @@ from bench import commit, device_name
 from plot import ROOT
 
 from instructcore import dpo, ppo, pretrain, reward, sft
-from instructcore.config import RunConfig
-from instructcore.data import Comparison, Prompt, read_comparisons, read_jsonl
+from instructcore.data import Prompt, read_jsonl
 from instructcore.evaluate import sample_responses
 from instructcore.generate import SamplingParams
 from instructcore.model import ModelConfig, load
 from instructcore.tokenizer import Tokenizer
-from instructcore.train import choose_device, newest_checkpoint
+from instructcore.train import choose_device, last_metric, newest_checkpoint
 
 sys.path.insert(0, str(ROOT))
 from examples import gsm8k_reward
 
 MAX_TOKENS = 160  # of a solution
-RULES = ("majority", "length")
 GRPO = {  # the metrics that one looks at: what they are called in the table
     "objective/score": "share of right answers",
     "objective/kl": "KL, nats per response",
@@ -54,13 +52,11 @@ GRPO = {  # the metrics that one looks at: what they are called in the table
 
 def stages(options: argparse.Namespace) -> dict[str, Any]:
     """The settings of each stage, in their order; those not named are the stage's defaults."""
-    out, device = options.out, options.device
+    out = options.out
 
     def at(config: type, name: str, lr: float, **settings: Any) -> Any:
-        resume = (out / name).exists()
-        run = RunConfig(
-            out=str(out / name), seed=options.seed, device=device, resume=resume, log_every=1
-        )
+        own = {"out": str(out / name), "resume": (out / name).exists(), "log_every": 1}
+        run = replace(config.run, seed=options.seed, device=options.device, **own)
         return config(**settings, optim=replace(config.optim, lr=lr), run=run)
 
     ranked = {"data": (str(options.solutions),), "val_fraction": 0.2, "epochs": 2, "batch": 16}
@@ -108,32 +104,37 @@ def write_text(train: Path, out: Path) -> None:
     out.write_text(text + "\n", encoding="utf-8")
 
 
-def scores_by(rule: str, comparison: Comparison) -> list[float]:
-    """The rule's scores of the solutions to one problem; the higher the better."""
-    if rule == "length":
-        return [-float(len(response)) for response in comparison.responses]
-    answers = [gsm8k_reward.final_answer(response) for response in comparison.responses]
+# ---- Rules: scores of the solutions to one problem, the higher the better
+
+
+def majority(solutions: Sequence[str]) -> list[float]:
+    answers = [gsm8k_reward.final_answer(solution) for solution in solutions]
     return [float(sum(a is not None and a == b for b in answers)) for a in answers]
+
+
+def length(solutions: Sequence[str]) -> list[float]:
+    return [-float(len(solution)) for solution in solutions]
+
+
+# ---- The outcome
 
 
 def held_out_of(config: reward.RewardConfig) -> list[reward.Ranking]:
     """The rankings that the stages of this seed and share hold out."""
     path = newest_checkpoint(Path(config.run.out))
     tokenizer, context = Tokenizer.load(path), load(path).config.context
-    comparisons = read_comparisons(config.data)
-    rankings = reward.encode(comparisons, tokenizer, context, config.overlong)
-    return sft.split(rankings, config.val_fraction, config.run.seed)[1]
+    return reward.read_rankings(config, tokenizer, context)[1]
 
 
 def solved(run: Path, rankings: Sequence[reward.Ranking]) -> tuple[float, float, float]:
     """The share of their problems that greedy answers get right, with its 95 % interval."""
     path = newest_checkpoint(run)
-    prompts = [Prompt(r.source.prompt, r.source.record) for r in rankings]
+    records = [{"answer": r.source.record["ground_truth"]} for r in rankings]
+    prompts = [Prompt(r.source.prompt, record) for r, record in zip(rankings, records, strict=True)]
     params = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0)
     samples = sample_responses(load(path).eval(), Tokenizer.load(path), prompts, params)
-    answers = [{"answer": r.source.record["ground_truth"]} for r in rankings]
     texts = [s.prompt.text for s in samples], [s.completion.text for s in samples]
-    return reward.accuracy(gsm8k_reward.reward(*texts, answers), [1] * len(answers))
+    return reward.accuracy(gsm8k_reward.reward(*texts, records), [1] * len(records))
 
 
 def finite(out: Path) -> bool:
@@ -142,12 +143,8 @@ def finite(out: Path) -> bool:
     return all(value is not None for row in rows for value in row.values())
 
 
-def last(run: Path, metric: str) -> float:
-    return next(row[metric] for row in reversed(read_jsonl(run / "metrics.jsonl")) if metric in row)
-
-
 def percent(share: Sequence[float]) -> str:
-    mean, low, high = (f"{100 * x:.1f}" for x in share[:3])
+    mean, low, high = (f"{100 * x:.1f}" for x in share)
     return f"{mean} % ({low} to {high})"
 
 
@@ -165,10 +162,11 @@ def outcome(options: argparse.Namespace, plan: dict[str, Any]) -> Iterator[str]:
     yield "|---|---:|"
     for name in ("reward", "dpo"):
         names = ("accuracy", "accuracy_low", "accuracy_high")
-        yield f"| `{name}` | {percent([last(out / name, key) for key in names])} |"
-    for rule in RULES:
-        scores = [score for ranking in held_out for score in scores_by(rule, ranking.source)]
-        yield f"| {rule} | {percent([*reward.order_accuracy(held_out, scores).values()])} |"
+        yield f"| `{name}` | {percent([last_metric(out / name, key) for key in names])} |"
+    for rule in (majority, length):
+        scores = [score for ranking in held_out for score in rule(ranking.source.responses)]
+        found = reward.order_accuracy(held_out, scores)
+        yield f"| {rule.__name__} | {percent([*found.values()])} |"
     yield ""
     yield f"| {len(held_out)} problems, held out | solved by greedy answers, 95 % |"
     yield "|---|---:|"
@@ -182,7 +180,9 @@ def outcome(options: argparse.Namespace, plan: dict[str, Any]) -> Iterator[str]:
         ends = (fmean(row[metric] for row in part) for part in (rows[:5], rows[-5:]))
         yield f"| {name} | " + " | ".join(f"{value:.3g}" for value in ends) + " |"
     yield ""
-    losses = ", ".join(f"{name} {last(out / name, 'val_loss'):.3f}" for name in ("reward", "dpo"))
+    losses = ", ".join(
+        f"{name} {last_metric(out / name, 'val_loss'):.3f}" for name in ("reward", "dpo")
+    )
     yield f"Held-out losses: {losses}. All metrics finite: {'yes' if finite(out) else 'NO'}."
 
 

@@ -3,13 +3,12 @@
     python bench/overoptimisation.py --quickstarts runs/seeds --seeds 10-29 --out runs/over
 
 Each seed trains twice, with the default guards set to stop. `flawed`: no KL penalty, and a reward
-that is longer answers or a keyword. `sound`: the quickstart's own PPO, against its
-reward model. The guards see the KL, the length, the ends and the entropy of the rollouts, and the
-reward model's scores of held-out prompts; in a sound run that is the reward which is optimised. The
-gold rule, which neither run nor guard ever reads,
-grades the checkpoints afterwards, on other held-out prompts. A flawed run counts as caught in time
-if it was stopped, and no checkpoint up to there had lost more than a tenth of the best gold reward
-so far.
+that is longer answers or a keyword. `sound`: the quickstart's own PPO, against its reward model.
+The guards see the KL, the length, the ends and the entropy of the rollouts, and the reward model's
+scores of held-out prompts; in a sound run that is the reward which is optimised. The gold rule,
+which neither run nor guard ever reads, grades the checkpoints afterwards, on other held-out
+prompts. A flawed run counts as caught in time if it was stopped, and no checkpoint up to there had
+lost more than a tenth of the best gold reward so far.
 
 A row per run joins bench/results/runs/overoptimisation.csv. Seeds 0 to 9, on the models of the
 quickstarts 0 to 9, are there to choose thresholds by; seeds 10 to 29 try them, on the models of the

@@ -32,11 +32,10 @@ from torch import Tensor
 
 from . import ops, parallel
 from .config import OptimConfig, RunConfig, check, check_divides, check_options, group, option
-from .data import EpochOrder, Packed, pack, pieces, read_comparisons
+from .data import EpochOrder, Packed, pack, pieces
 from .model import GPT, load
 from .pretrain import to_device
-from .reward import Ranking, encode, order_accuracy, pairs_end_to_end
-from .sft import split
+from .reward import Ranking, order_accuracy, pairs_end_to_end, read_rankings
 from .tokenizer import Tokenizer
 from .train import AdamW, Metrics, Run, TrainState, optimise, resolve_checkpoint
 
@@ -136,9 +135,7 @@ def run(config: DPOConfig) -> Path:
     policy.eval()  # no dropout: comparisons are between responses, not between noises
     reference.eval().requires_grad_(False)
 
-    comparisons = read_comparisons(config.data)
-    rankings = encode(comparisons, tokenizer, policy.config.context, config.overlong)
-    rankings, held_out = split(rankings, config.val_fraction, seed)
+    rankings, held_out = read_rankings(config, tokenizer, policy.config.context)
     check(
         len(rankings) >= config.batch,
         f"--batch must be at most the {len(rankings)} prompts to train on, got {config.batch}",

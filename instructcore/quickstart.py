@@ -27,7 +27,7 @@ from .evaluate import Sample, bootstrap_interval, mean_kl, paired_bootstrap, sam
 from .generate import SamplingParams
 from .model import ModelConfig, load
 from .tokenizer import Tokenizer
-from .train import checkpoints_of, choose_device, mix, newest_checkpoint
+from .train import checkpoints_of, choose_device, last_metric, mix, newest_checkpoint
 
 TIE = 0.05  # gold rewards nearer than this are a tie to the labeller
 CLEAR = 0.5  # pairs that any labeller would order alike
@@ -274,9 +274,9 @@ def assess(out: Path, data: dict[str, Path], config: QuickstartConfig) -> dict[s
     answers = {n: sample_responses(m, tokenizer, shown_prompts, greedy) for n, m in models.items()}
     ranked = sorted(range(len(prompts)), key=lambda i: golds["ppo"][i])
     return {
-        "pretrain_loss": _last(out / "pretrain", "val_loss"),
-        "sft_loss": _last(out / "sft", "val_loss"),
-        "reward_accuracy": _last(out / "reward", "accuracy"),
+        "pretrain_loss": last_metric(out / "pretrain", "val_loss"),
+        "sft_loss": last_metric(out / "sft", "val_loss"),
+        "reward_accuracy": last_metric(out / "reward", "accuracy"),
         "reward_accuracy_clear": clear_accuracy(out, config),
         "gold_reward": {"constant": constant, **{n: i.mean for n, i in means.items()}},
         "gold_reward_ci": {
@@ -374,9 +374,3 @@ def over_training(
             }
         )
     return points
-
-
-def _last(run_directory: Path, metric: str) -> float:
-    """The newest value of a metric in a run's metrics.jsonl."""
-    lines = (run_directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return next(m[metric] for m in map(json.loads, reversed(lines)) if metric in m)

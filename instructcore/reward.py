@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,9 @@ from .pretrain import to_device
 from .sft import split
 from .tokenizer import Tokenizer
 from .train import AdamW, Metrics, Run, TrainState, mix, optimise, resolve_checkpoint
+
+if TYPE_CHECKING:
+    from .dpo import DPOConfig
 
 
 def ranking_loss(scores: Tensor, better: Tensor, worse: Tensor, weight: Tensor) -> Tensor:
@@ -162,8 +165,7 @@ def run(config: RewardConfig) -> Path:
     model.eval()  # no dropout: comparisons are between responses, not between noises
     context = model.config.context
 
-    rankings = encode(read_comparisons(config.data), tokenizer, context, config.overlong)
-    rankings, held_out = split(rankings, config.val_fraction, seed)
+    rankings, held_out = read_rankings(config, tokenizer, context)
     check(
         len(rankings) >= config.batch,
         f"--batch must be at most the {len(rankings)} prompts to train on, got {config.batch}",
@@ -192,6 +194,14 @@ def run(config: RewardConfig) -> Path:
     )
     model.score_bias -= mean_score(model, good)
     return run.finish()
+
+
+def read_rankings(
+    config: RewardConfig | DPOConfig, tokenizer: Tokenizer, context: int
+) -> tuple[list[Ranking], list[Ranking]]:
+    """(training, held-out) rankings of a stage."""
+    rankings = encode(read_comparisons(config.data), tokenizer, context, config.overlong)
+    return split(rankings, config.val_fraction, config.run.seed)
 
 
 def encode(

@@ -30,6 +30,7 @@ from torch.optim.adamw import adamw
 
 from . import __version__, parallel
 from .config import OptimConfig, RunConfig, check, check_writable, flatten
+from .data import read_jsonl
 from .errors import UserError
 from .model import GPT, load
 from .tokenizer import Tokenizer
@@ -316,6 +317,11 @@ def newest_checkpoint(run: str | Path) -> Path | None:
     """The newest complete checkpoint in a run's directory: final/, else the highest step."""
     run = Path(run)
     return next((p for p in (run / "final", *checkpoints_of(run)[::-1]) if is_complete(p)), None)
+
+
+def last_metric(run: Path, name: str) -> float:
+    """The newest value of a metric in a run's metrics.jsonl."""
+    return next(row[name] for row in reversed(read_jsonl(run / "metrics.jsonl")) if name in row)
 
 
 def checkpoints_of(run: Path) -> list[Path]:
