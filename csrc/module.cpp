@@ -374,8 +374,8 @@ void check_pages(const TensorView& block_table, const TensorView& cache_seqlens,
     IC_CHECK(held[b] >= 0, "attention_paged_: cache_seqlens must be 0 or more, got ", held[b],
              " at ", b);
     IC_CHECK(tokens <= block_table.size(1) * block_size, "attention_paged_: sequence ", b,
-             " must fit its ", block_table.size(1), " blocks of ", block_size, ", got ", tokens,
-             " tokens");
+             " must fit block_table's ", block_table.size(1), " blocks of ", block_size, ", got ",
+             tokens, " tokens");
     for (int64_t i = 0; i * block_size < tokens; ++i) {
       const int32_t block = table[b * block_table.stride(0) + i];
       IC_CHECK(block >= 0 && block < blocks, "attention_paged_: block_table must be within 0..",

@@ -36,8 +36,7 @@ REPORT = """# Other libraries' tests
 
 By `python python_tests/suites.py`, with one thread; docs/adapters.md judges what does not pass.
 Ran: as many as passed, were refused and failed. Refused: an error of ours says what no kernel does.
-Left out: by the harness or by the test itself. Rounded: again, float32 losses rounded to the type
-of the logits, which is that of theirs.
+Left out: by the harness or by the test itself.
 
 | suite | version and commit | ran | passed | refused | failed | left out |
 |---|---|---|---|---|---|---|
@@ -54,7 +53,6 @@ class Suite(NamedTuple):
     cuda: bool = False  # whether the tests ask for CUDA
     most: int = 10**9  # cases of one test: each k-th of the product of its parameters
     rules: dict = {}  # why a case is left out: whether, by its test's name and its parameters
-    rounded: tuple = ()  # modules whose results theirs have in the type of the logits
 
 
 TRL, LIGER, CCE = "tests/test_utils.py::Test", "test/transformers/test_", "tests/test_cce_loss_"
@@ -74,7 +72,6 @@ SUITES = {
         source="src",
         mocks=("liger_kernel.ops",),
         rules={"more than 2^26 logits": lambda _, c: math.prod(c.get(x, 1) for x in "BTV") > 2**26},
-        rounded=("LigerCrossEntropyLoss",),
     ),
     "cce": Suite(
         "Cut Cross-Entropy: `linear_cross_entropy`",
@@ -137,7 +134,7 @@ def rotate(x, cos, sin, seqlen_offsets=0, interleaved=False):
 
 
 def pytest_addoption(parser):
-    for name in ("--suite", "--outcome", "--rounded"):
+    for name in ("--suite", "--outcome"):
         parser.addoption(name)
 
 
@@ -158,10 +155,11 @@ def pytest_load_initial_conftests(early_config):
         OnCpu().__enter__()
     if suite.library == "flash_attn":
         importlib.import_module("flash_attn.layers.rotary").apply_rotary_emb = rotate
+    if suite.library == "liger_kernel":  # in a mock's dict, where `use()` looks
+        ops = importlib.import_module("liger_kernel.ops")
+        for name in ("LigerCrossEntropyFunction", "LigerFusedLinearCrossEntropyFunction"):
+            vars(ops)[name] = getattr(ops, name)
     print(*adapter.use(), sep="\n")
-    for name in suite.rounded if options.rounded else ():
-        module = getattr(adapter, name)
-        module.forward = lambda *x, exact=module.forward: exact(*x).to(x[1].dtype)
     if suite.library == "trl":
         for name in ("trl.trainer.utils", "trl.import_utils"):  # what other versions' tests import
             importlib.import_module(name).__getattr__ = lambda _: lambda: False
@@ -223,7 +221,7 @@ def pytest_sessionfinish(session):
     Path(session.config.getoption("outcome")).write_text(json.dumps(outcome))
 
 
-def run(name: str, root: Path, rounded: bool) -> dict:
+def run(name: str, root: Path) -> dict:
     """The outcome of a suite, in a process of its own with one thread."""
     chosen = SUITES[name]
     places = [ROOT / "python_tests", ROOT]
@@ -235,7 +233,7 @@ def run(name: str, root: Path, rounded: bool) -> dict:
         settings.write_text("[pytest]\n")
         command = [sys.executable, "-P", "-m", "pytest", "-q", "--tb=line", "-p", "suites"]
         command += ["-p", "no:cacheprovider", "-c", settings, f"--rootdir={root}", "--suite", name]
-        command += ["--outcome", outcome, *(["--rounded=1"] if rounded else [])]
+        command += ["--outcome", outcome]
         subprocess.run([*command, *(root / file for file in chosen.files)], cwd=where, env=env)
         return json.loads(outcome.read_text())
 
@@ -246,16 +244,14 @@ def main() -> None:
         path, _, commit = checkout.partition("@")
         root, git = Path(path).resolve(), ["git", "-C", path, "describe", "--tags", "--always"]
         commit = commit or subprocess.check_output(git, text=True).strip()
-        for rounded in (False, True)[: 1 + bool(SUITES[name].rounded)]:
-            found = run(name, root, rounded)
-            title = SUITES[name].title + ", rounded" * rounded
-            ends = [found["ends"].get(end, 0) for end in ("passed", "refused", "failed")]
-            cells = [title, f"{found['version']} {commit}".strip(), sum(ends), *ends]
-            cells.append(sum(found["left out"].values()))
-            table.append(f"| {' | '.join(map(str, cells))} |\n")
-            lists.append(f"\n## {title}\n\n")
-            for kind in ("left out", "refused", "failed"):
-                lists += [f"* {kind}, {n}: {why}\n" for why, n in found[kind].items() if n]
+        found, title = run(name, root), SUITES[name].title
+        ends = [found["ends"].get(end, 0) for end in ("passed", "refused", "failed")]
+        cells = [title, f"{found['version']} {commit}".strip(), sum(ends), *ends]
+        cells.append(sum(found["left out"].values()))
+        table.append(f"| {' | '.join(map(str, cells))} |\n")
+        lists.append(f"\n## {title}\n\n")
+        for kind in ("left out", "refused", "failed"):
+            lists += [f"* {kind}, {n}: {why}\n" for why, n in found[kind].items() if n]
     RESULTS.write_text(REPORT + "".join(table + lists), encoding="utf-8")
 
 

@@ -30,9 +30,12 @@ DENSE = (
 )
 GAE = "gamma, lmbda, state_value, next_state_value, reward, done, terminated=None, *, time_dim=-2"
 LIGER = (
-    "weight=None, ignore_index=-100, lse_square_scale=0.0, label_smoothing=0.0, "
-    "reduction='mean', softcap=None, return_z_loss=False, "
+    ", ignore_index=-100, lse_square_scale=0.0, label_smoothing=0.0, reduction='mean', "
+    "softcap=None, return_z_loss=False, {}"
+    "return_token_accuracy=False, return_predicted_tokens=False"
 )
+LIGER_PLAIN = LIGER.format("")
+LIGER_FUSED = LIGER.format("accum_dtype=None, use_token_scaling=False, ")
 FOREIGN = {
     flash_attn: {
         "flash_attn.flash_attn_interface.flash_attn_func": f"q, k, v, {DENSE}",
@@ -64,12 +67,11 @@ FOREIGN = {
         ),
     },
     liger: {
-        "liger_kernel.transformers.cross_entropy.LigerCrossEntropyLoss": (
-            f"{LIGER}return_token_accuracy=False, return_predicted_tokens=False"
+        "liger_kernel.transformers.functional.LigerCrossEntropyFunction": (
+            f"_input, target, weight{LIGER_PLAIN}"
         ),
-        "liger_kernel.transformers.fused_linear_cross_entropy.LigerFusedLinearCrossEntropyLoss": (
-            f"ce_{LIGER}accum_dtype=None, use_token_scaling=False, return_token_accuracy=False, "
-            "return_predicted_tokens=False"
+        "liger_kernel.transformers.functional.LigerFusedLinearCrossEntropyFunction": (
+            f"_input, weight, target, bias=None, ce_weight=None{LIGER_FUSED}"
         ),
     },
     cce: {
@@ -84,19 +86,35 @@ FOREIGN = {
         "torchrl.objectives.value.functional.vec_generalized_advantage_estimate": GAE,
     },
 }
-PATHS = [(adapter, path) for adapter, paths in FOREIGN.items() for path in paths]
+IMPORTED = {  # not replaced: theirs call what is
+    liger: {
+        "liger_kernel.transformers.cross_entropy.LigerCrossEntropyLoss": (
+            f"weight=None{LIGER_PLAIN}"
+        ),
+        "liger_kernel.transformers.fused_linear_cross_entropy.LigerFusedLinearCrossEntropyLoss": (
+            f"ce_weight=None{LIGER_FUSED}"
+        ),
+    },
+}
+SIGNATURES = [
+    (adapter, path, signature)
+    for library in (FOREIGN, IMPORTED)
+    for adapter, paths in library.items()
+    for path, signature in paths.items()
+]
 
 
 def short(x) -> str:
-    return x.rpartition(".")[2] if isinstance(x, str) else x.__name__.rpartition(".")[2]
+    x = x if isinstance(x, str) else x.__name__
+    return "" if "=" in x or ", " in x else x.rpartition(".")[2]  # no id of a signature
 
 
-@pytest.mark.parametrize(("adapter", "path"), PATHS, ids=short)
-def test_same_signature(adapter, path):
+@pytest.mark.parametrize(("adapter", "path", "signature"), SIGNATURES, ids=short)
+def test_same_signature(adapter, path, signature):
     ours = getattr(adapter, short(path))
     autograd = path.endswith("Function")  # called by its `apply`
     ours = ours.apply if autograd else ours
-    assert str(inspect.signature(ours)) == f"({FOREIGN[adapter][path]})"
+    assert str(inspect.signature(ours)) == f"({signature})"
     if importlib.util.find_spec(path.partition(".")[0]) is None:
         return  # theirs is not here to be asked
     theirs = getattr(importlib.import_module(path.rpartition(".")[0]), short(path))
@@ -251,10 +269,12 @@ class TestFlashAttn:
             q, *pages, cu_q, cu_k, 3, 6, block_table=table, **call
         )
         assert_same_bits(out, ours(q, k, v)[0])
+        trained = flash_attn.flash_attn_varlen_func(
+            q.requires_grad_(), *pages, cu_q, cu_k, 3, 6, block_table=table, **call
+        )
+        assert_same_bits(trained, out)
         with pytest.raises(NotImplementedError, match="block_table must be None where grad"):
-            flash_attn.flash_attn_varlen_func(
-                q.requires_grad_(), *pages, cu_q, cu_k, 3, 6, block_table=table
-            )
+            trained.sum().backward()
 
     def test_with_kvcache(self, call):
         """Two sequences in rows 3 and 0 of a cache, two new tokens each."""
@@ -294,7 +314,7 @@ class TestFlashAttn:
 
 
 def test_flash_attn_head_dims_between_multiples_of_8():
-    """With the scale of the head dim as it is given."""
+    """With the scale of the head dim as it is given, in pages too."""
     q, k, v = torch.randn(1, 5, 4, 20), torch.randn(1, 9, 2, 20), torch.randn(1, 9, 2, 20)
     cu_q, cu_k = torch.tensor([0, 5]).int(), torch.tensor([0, 9]).int()
     dense = {"causal": True, "return_attn_probs": True}
@@ -307,6 +327,11 @@ def test_flash_attn_head_dims_between_multiples_of_8():
         lambda q, k, v: flash_attn.flash_attn_varlen_func(q, k, v, cu_q, cu_k, 5, 9, **dense)[:2],
         lambda q, k, v: tuple(x[0] for x in softmax_attention(q[None], k[None], v[None], True)),
         *(q[0], k[0], v[0]),
+    )
+    lengths, table = (cu_q, cu_k, 5, 9), torch.zeros(1, 1).int()
+    paged = flash_attn.flash_attn_varlen_func(q[0], k, v, *lengths, block_table=table, causal=True)
+    assert_same_bits(
+        paged, flash_attn.flash_attn_varlen_func(q[0], k[0], v[0], *lengths, causal=True)
     )
 
 
@@ -327,10 +352,17 @@ def test_flash_attn_rotary():
     torch.testing.assert_close(out, turned, rtol=1e-5, atol=1e-5)
     with pytest.raises(NotImplementedError, match="rotary_cos must be None for T > 1"):
         flash_attn.flash_attn_with_kvcache(q, *caches, k, v, cos, sin, cache_seqlens=3)
-    with pytest.raises(ValueError, match=r"cos must be \(8, 8\), got \(8, 4\)"):
-        flash_attn.flash_attn_with_kvcache(
-            q, *caches, k, v, cos[:, :4], sin[:, :4], cache_seqlens=3, causal=True
-        )
+    rest = torch.zeros(8, 4)  # the first eight dims alone
+    part = (torch.cat([cos[:, :4], rest + 1], 1), torch.cat([sin[:, :4], rest], 1))
+    whole = flash_attn.flash_attn_with_kvcache(q, *caches, k, v, *part, **settings)
+    some = flash_attn.flash_attn_with_kvcache(q, *caches, k, v, cos[:, :4], sin[:, :4], **settings)
+    assert_same_bits(some, whole)
+    for columns, interleaved in ((4, False), (9, True)):
+        bad = torch.ones(2, 8, columns)
+        with pytest.raises(ValueError, match=rf"cos must be \(8, 8\), got \(8, {columns}\)"):
+            flash_attn.flash_attn_with_kvcache(
+                *(q, *caches, k, v, *bad), rotary_interleaved=interleaved, **settings
+            )
 
 
 def test_flash_attn_refuses():
@@ -563,50 +595,114 @@ def test_cce_refuses():
             cce.linear_cross_entropy(e, c, targets, reduction="batch", return_lse=lse)
 
 
+def liger_plain(logits, target, weight, ignore, z, smoothing, reduction, softcap, scaled=False):
+    """(loss, z-loss) as Liger defines them: the mean of z-loss is over all rows that count."""
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    valid = target != ignore
+    share = torch.ones(()).to(logits)
+    if scaled:
+        share = (-F.cross_entropy(logits, target, ignore_index=ignore, reduction="none")).exp()
+    each = F.cross_entropy(logits, target, weight, None, ignore, None, "none", smoothing)
+    drift = (z * logits.logsumexp(-1) ** 2).masked_fill(~valid, 0.0)
+    each, drift = each * share.detach(), drift * share.detach()
+    if reduction == "none":
+        return each + drift, drift
+    each, drift = each.sum(), drift.sum()
+    if reduction == "mean":
+        drift = drift / valid.sum()
+        each = each / (valid.sum() if weight is None else weight[target[valid]].sum())
+    return each + drift, drift
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_liger(reduction):
+def test_liger(reduction, weighted, softcap):
+    """Losses, also where they are parts of a larger graph, z-loss, accuracy and best tokens."""
     logits, target = 3 * torch.randn(11, 33), torch.randint(33, (11,))
+    hidden, head, bias = torch.randn(11, 16), torch.randn(33, 16), torch.randn(33)
+    target[3:5] = logits[3:5].argmax(-1)  # two are right
     target[2] = -1
-    weight = torch.rand(33)
+    weight = torch.rand(33) if weighted else None
 
-    def plain(x):
-        return F.cross_entropy(x, target, weight.to(x), None, -1, None, reduction, 0.1)
+    def plain(x, scaled=False):
+        share = None if weight is None else weight.to(x)
+        return liger_plain(x, target, share, -1, 0.01, 0.1, reduction, softcap, scaled)
 
-    def drifting(x):
-        x = 5 * torch.tanh(x / 5)
-        each = F.cross_entropy(x, target, ignore_index=-1, reduction="none")
-        each = each + torch.where(target == -1, 0.0, 0.01 * x.logsumexp(-1) ** 2)
-        return {"mean": each.sum() / 10, "sum": each.sum(), "none": each}[reduction]
+    settings = (-1, 0.01, 0.1, reduction, softcap, True)
+    ours = liger.LigerCrossEntropyLoss(weight, *settings, True, True)
+    compare(lambda x: ours(x, target).loss, lambda x: plain(x)[0], logits)
+    fused = liger.LigerFusedLinearCrossEntropyLoss(weight, *settings, torch.float32, False, True)
+    compare(
+        lambda w, h, b: fused(w, h, target, b).loss,
+        lambda w, h, b: plain(h @ w.T + b)[0],
+        *(head, hidden, bias),
+    )
+    scaled = liger.LigerFusedLinearCrossEntropyLoss(weight, *settings, None, True)
+    leaves = [x.requires_grad_() for x in (head, hidden, bias)]
+    found = []
+    for loss in (
+        scaled(head, hidden, target, bias).loss,
+        plain(hidden.double() @ head.double().T + bias.double(), True)[0].float(),
+    ):
+        found.append([loss, *torch.autograd.grad(loss.sum(), leaves)])
+    for a, b in zip(*found, strict=True):  # exp of a loss of 10 is off by 10 times its rounding
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.detach().abs().max()))
+    hidden, head, bias = (x.detach() for x in (hidden, head, bias))
+    formed = hidden @ head.T + bias
+    for found, x, scale in (
+        (ours(logits, target), logits, False),
+        (fused(head, hidden, target, bias), formed, False),
+        (scaled(head, hidden, target, bias), formed, True),
+    ):
+        # The sum of a loss and a logit, of 5 to 10 nats, squared.
+        torch.testing.assert_close(found.z_loss, plain(x, scale)[1], rtol=1e-5, atol=1e-6)
+        right = (x.argmax(-1) == target).float()
+        if scale:
+            assert found.token_accuracy is None
+        else:
+            right = right if reduction == "none" else right.sum() / 10
+            torch.testing.assert_close(found.token_accuracy, right)
+    best = logits.argmax(-1)
+    best[2] = -1
+    assert torch.equal(ours(logits, target).predicted_tokens, best)
+    assert fused(head, hidden, target).predicted_tokens is None
 
-    weighted = (weight, -1, 0.0, 0.1, reduction)
-    settings = {"ignore_index": -1, "lse_square_scale": 0.01, "softcap": 5.0}
-    first = liger.LigerCrossEntropyLoss(*weighted)
-    compare(lambda x: first(x, target), plain, logits)
-    ours = liger.LigerCrossEntropyLoss(reduction=reduction, **settings)
-    compare(lambda x: ours(x, target), drifting, logits)
-    head = (torch.randn(33, 16), torch.randn(11, 16), torch.randn(33))
-    fused = liger.LigerFusedLinearCrossEntropyLoss(*weighted, accum_dtype=torch.float32)
-    compare(lambda w, h, b: fused(w, h, target, b), lambda w, h, b: plain(h @ w.T + b), *head)
-    drift = liger.LigerFusedLinearCrossEntropyLoss(reduction=reduction, **settings)
-    compare(lambda w, h: drift(w, h, target), lambda w, h: drifting(h @ w.T), *head[:2])
+
+def test_liger_results_are_of_their_types():
+    """The logits' type, but float32 where the head is fused, whose products autocast rounds."""
+    logits, target = torch.randn(11, 33).bfloat16(), torch.randint(33, (11,))
+    found = liger.LigerCrossEntropyLoss(return_z_loss=True, return_token_accuracy=True)(
+        logits, target.int()
+    )
+    assert [x.dtype for x in found[:3]] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    exact = liger.LigerCrossEntropyLoss()(logits.float(), target)
+    assert torch.equal(liger.LigerCrossEntropyLoss()(logits, target), exact.bfloat16())
+    hidden, head = torch.randn(11, 16), torch.randn(33, 16)
+    fused = liger.LigerFusedLinearCrossEntropyLoss(return_predicted_tokens=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        low, _, _, best = fused(head, hidden, target)
+    assert_same_bits(low, fused(head, hidden.bfloat16(), target).loss)
+    assert torch.equal(best, (hidden.bfloat16().float() @ head.bfloat16().float().T).argmax(-1))
+    assert_same_bits(
+        fused(head.bfloat16(), hidden, target).loss,
+        fused(head.bfloat16().float(), hidden, target).loss,
+    )
+    nothing = torch.full((11,), -100)
+    for loss in (
+        liger.LigerCrossEntropyLoss(torch.rand(33), lse_square_scale=0.1)(logits, nothing),
+        fused(head, hidden, nothing).loss,
+        *liger.LigerCrossEntropyLoss(return_z_loss=True, return_token_accuracy=True)(
+            logits, nothing
+        )[:3],
+    ):
+        assert loss == 0
 
 
-@pytest.mark.parametrize(
-    "name", ["return_z_loss", "return_token_accuracy", "return_predicted_tokens"]
-)
-@pytest.mark.parametrize(
-    "loss", [liger.LigerCrossEntropyLoss, liger.LigerFusedLinearCrossEntropyLoss]
-)
-def test_liger_refuses(loss, name):
-    with pytest.raises(NotImplementedError, match=f"{loss.__name__}: {name} must be False"):
-        loss(**{name: True})
-    with pytest.raises(NotImplementedError, match="lse_square_scale must be 0 for a mean with"):
-        loss(torch.ones(3), lse_square_scale=1e-4)
-    if loss is liger.LigerFusedLinearCrossEntropyLoss:
-        with pytest.raises(NotImplementedError, match="accum_dtype must be float32"):
-            loss(accum_dtype=torch.bfloat16)
-        with pytest.raises(NotImplementedError, match="use_token_scaling must be False"):
-            loss(use_token_scaling=True)
+def test_liger_refuses():
+    fused = liger.LigerFusedLinearCrossEntropyLoss(accum_dtype=torch.bfloat16)
+    with pytest.raises(NotImplementedError, match="accum_dtype must be float32, got torch.bfl"):
+        fused(torch.randn(33, 16), torch.randn(11, 16), torch.zeros(11).long())
 
 
 @pytest.mark.parametrize("time_dim", [-2, 0, -1])

@@ -1081,7 +1081,7 @@ def test_paged_rejects(device, backend):
             call(3, broken)
     with pytest.raises(RuntimeError, match="cache_seqlens must be 0 or more, got -1"):
         call(4, held - 10)
-    with pytest.raises(RuntimeError, match="must fit its .* blocks"):
+    with pytest.raises(RuntimeError, match="must fit block_table.* blocks"):
         call(4, held + 1000)
     with pytest.raises(RuntimeError, match="cos and sin must reach position 10, got 10 rows"):
         call(cos=angles, sin=angles)

@@ -259,7 +259,7 @@ def test_decode_rejects():
             decode(starts=starts)
     with pytest.raises(RuntimeError, match="block_table must be within 0..1 where tokens are"):
         decode(blocks=(0, -1))
-    with pytest.raises(RuntimeError, match="must fit its 1 blocks of 4, got 5 tokens"):
+    with pytest.raises(RuntimeError, match="must fit block_table.s 1 blocks of 4, got 5 tokens"):
         decode(seqlens=torch.tensor([3, 0], dtype=torch.int32))
     caches = [torch.zeros(2, 4, 2, 16)] * 2
     for bad in (

@@ -8,6 +8,16 @@ from instructcore.ops.cross_entropy import reduction_index
 from . import refuse, replacing
 
 
+def chosen_logits(hidden, weight, bias, at):
+    """The head's logit of token at[n] in row n, float32 (N,)."""
+    logits = (hidden.float() * weight[at].to(hidden.dtype)).sum(-1)
+    return logits if bias is None else logits + bias[at]
+
+
+def capped(logits, softcap):
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
 def linear_cross_entropy(e, c, targets, bias=None, ignore_index=-100, softcap=None,
                          reduction="mean", shift=0, return_lse=False, filter_eps="auto",
                          accum_e_fp32=False, accum_c_fp32=False, filter_e_grad=True,
@@ -31,10 +41,8 @@ def linear_cross_entropy(e, c, targets, bias=None, ignore_index=-100, softcap=No
     if not return_lse:
         return loss.view(targets.shape) if reduction == "none" else loss
     valid = flat != ignore_index
-    at = flat.where(valid, 0)
-    logit = (hidden.float() * c[at]).sum(-1) + (0.0 if bias is None else bias[at])
-    logit = softcap * torch.tanh(logit / softcap) if softcap else logit
-    lse = (loss + logit).masked_fill(~valid, 0.0).view(targets.shape)
+    logits = capped(chosen_logits(hidden, c, bias, flat.where(valid, 0)), softcap)
+    lse = (loss + logits).masked_fill(~valid, 0.0).view(targets.shape)
     if reduction_index("linear_cross_entropy", reduction) == 0:
         return loss.view(targets.shape), lse
     return loss.sum() / (valid.sum() if reduction == "mean" else 1), lse

@@ -36,25 +36,32 @@ def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, wi
     return (out, lse, out.new_empty(0)) if return_attn_probs else out
 
 
+class _Paged(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, settings, *tensors):
+        return attention_paged_(*tensors, **settings)
+
+    @staticmethod
+    def backward(ctx, *_):
+        refuse("flash_attn_varlen_func", block_table=("one", "None where gradients are to flow"))
+
+
 def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
                            dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1),
                            softcap=0.0, alibi_slopes=None, deterministic=False,
                            return_attn_probs=False, block_table=None):  # fmt: skip
-    """q (N, H, D), k and v (M, K, D), or paged (blocks, block_size, K, D) without a gradient ->
-    out, or (out, lse (H, N), empty)."""
-    op, trained = "flash_attn_varlen_func", any(x.requires_grad for x in (q, k, v))
-    refuse(op, dropout_p=(dropout_p, "0, as the kernels have no dropout"))
-    paged = block_table is not None and trained and torch.is_grad_enabled()
-    refuse(op, block_table=(paged and "one", "None where gradients are to flow"))
+    """q (N, H, D), k and v (M, K, D), or paged (blocks, block_size, K, D), whose backward refuses
+    -> out, or (out, lse (H, N), empty)."""
+    refuse("flash_attn_varlen_func", dropout_p=(dropout_p, "0, as the kernels have no dropout"))
     settings = _settings(q.shape[-1], causal, softmax_scale, window_size, softcap, alibi_slopes)
+    dim, (q, k, v) = q.shape[-1], _eights(q, k, v)
     if block_table is None:
         settings["max_seqlen_k"] = int(max_seqlen_k)
-        out, lse = attention_varlen(*_eights(q, k, v), cu_seqlens_q, cu_seqlens_k, **settings)
-        out = out[..., : q.shape[-1]]
+        out, lse = attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **settings)
     else:
         held = cu_seqlens_k.diff()
-        out, lse = attention_paged_(q, k, v, block_table, held, cu_seqlens_q, **settings)
-    return (out, lse, out.new_empty(0)) if return_attn_probs else out
+        out, lse = _Paged.apply(settings, q, k, v, block_table, held, cu_seqlens_q)
+    return (out[..., :dim], lse, out.new_empty(0)) if return_attn_probs else out[..., :dim]
 
 
 def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None,
@@ -64,7 +71,8 @@ def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, rotary_cos=None
                             alibi_slopes=None, num_splits=0, return_softmax_lse=False):  # fmt: skip
     """q (B, T, H, D), caches (rows, S, K, D), or paged (blocks, block_size, K, D), MUTATED where
     there are k and v (B, T, K, D) -> out, or (out, lse (B, H, T)). `num_splits` changes no bit.
-    rotary_cos (positions, D / 2) turns the whole head, and k is as long as q, or ValueError."""
+    rotary_cos (positions, D / 2) turns the whole head, or if interleaved as many dims as twice its
+    columns; k is as long as q, or ValueError."""
     (batch, length, heads, _), op = q.shape, "flash_attn_with_kvcache"
     refuse(op, cache_leftpad=(cache_leftpad, "None: a cache begins at its first row"))
     same = length > 1 and not causal and tuple(window_size) == (-1, -1)  # position for all queries
@@ -76,6 +84,9 @@ def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, rotary_cos=None
     held = torch.as_tensor(k_cache.shape[1] if cache_seqlens is None else cache_seqlens, **like)
     k, v = (None if x is None else x.flatten(0, 1) for x in (k, v))
     cos, sin = (None if x is None else x.float() for x in (rotary_cos, rotary_sin))
+    if cos is not None and rotary_interleaved:  # the rest of the head by angles of 0
+        rest = (0, max(0, q.shape[-1] // 2 - cos.shape[1]))
+        cos, sin = F.pad(cos, rest, value=1.0), F.pad(sin, rest)
     cu_seqlens = torch.arange(0, batch * length + 1, length, **like)
     settings = _settings(q.shape[-1], causal, softmax_scale, window_size, softcap, alibi_slopes)
     settings |= dict(k_new=k, v_new=v, cos=cos, sin=sin, interleaved=rotary_interleaved)

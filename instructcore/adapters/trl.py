@@ -7,6 +7,7 @@ Results are float32, as those of TRL's own fused kernel.
 import torch
 
 from instructcore.ops import TokenLogprobs, linear_token_logprobs, token_logprobs
+from instructcore.ops._common import autocast_dtype
 
 from . import refuse, replacing
 
@@ -61,9 +62,7 @@ class ChunkedLogProbFunction:
         op = "ChunkedLogProbFunction"
         refuse(op, final_logit_softcapping=(final_logit_softcapping, "None"))
         refuse(op, logit_scale=(None if logit_scale > 0 else str(logit_scale), "above 0"))
-        where = hidden.device.type
-        if torch.is_autocast_enabled(where):
-            hidden = hidden.to(torch.get_autocast_dtype(where))
+        hidden = hidden.to(autocast_dtype(hidden) or hidden.dtype)
         if weight.dtype not in (hidden.dtype, torch.float32):
             weight = weight.to(hidden.dtype)
         how, scale = {"bias": bias, "entropy": "entropy" in outputs}, temperature / logit_scale
