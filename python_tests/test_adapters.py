@@ -460,9 +460,10 @@ def test_trl_head():
     with torch.autocast("cpu", torch.bfloat16):
         low = apply(hidden, weight, None, targets, 1.0, 8, outputs=())[0]
         mean = apply(hidden, weight, None, targets, 1.0, 8)[3]
-    mean_of_rounded = (hidden.bfloat16().float() @ weight.T).mean(-1)
+    rounded = hidden.bfloat16(), weight.bfloat16()
+    mean_of_rounded = (rounded[0].float() @ rounded[1].float().T).mean(-1)
     torch.testing.assert_close(mean, mean_of_rounded, rtol=1e-5, atol=1e-5)
-    assert_same_bits(low, apply(hidden.bfloat16(), weight, None, targets, 1.0, 8, outputs=())[0])
+    assert_same_bits(low, apply(*rounded, None, targets, 1.0, 8, outputs=())[0])
     wide = apply(hidden, weight.bfloat16(), None, targets, 1.0, 8, outputs=())[0]
     assert_same_bits(
         wide, apply(hidden, weight.bfloat16().float(), None, targets, 1.0, 8, outputs=())[0]
@@ -515,6 +516,10 @@ def test_verl():
         *(torch.randn(2, 7, 16), torch.randn(33, 16)),
     )
     hidden, weight = torch.randn(2, 7, 16), torch.randn(33, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = verl.linear_cross_entropy(hidden, weight, labels)
+    rounded = verl.linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), labels)
+    assert_same_bits(low[0], rounded[0])
     with pytest.raises(NotImplementedError, match="reduction must be .none., got mean"):
         verl.linear_cross_entropy(hidden, weight, labels, 1.0, "mean")
     with pytest.raises(NotImplementedError, match="dist_process_group must be None"):
@@ -667,6 +672,63 @@ def test_liger(reduction, weighted, softcap):
     best[2] = -1
     assert torch.equal(ours(logits, target).predicted_tokens, best)
     assert fused(head, hidden, target).predicted_tokens is None
+    lone = liger.LigerFusedLinearCrossEntropyLoss(weight, -1, 0.0, 0.1, reduction)
+
+    def smooth(w, h):
+        share = None if weight is None else weight.to(w)
+        return F.cross_entropy(h @ w.T, target, share, None, -1, None, reduction, 0.1)
+
+    compare(lambda w, h: lone(w, h, target), smooth, head, hidden)
+
+
+def test_liger_of_mixed_types():
+    """A float32 head is not rounded to the hidden states' type, nor are 16-bit class weights used
+    as such: z-loss is the loss's part, and the best tokens those of the logits behind it. A target
+    that is a class can be the ignored one."""
+    hidden, target = torch.randn(300, 16).bfloat16(), torch.randint(33, (300,))
+    weight = (1 + torch.rand(33)).half()
+    for head in (torch.randn(33, 16), torch.randn(33, 16).bfloat16()):
+        bias = torch.randn(33)
+        logits = hidden.double() @ head.double().T + bias.double()
+        settings = (2, 0.1, 0.0, "mean", None)
+        loss, z_loss = liger_plain(logits, target, weight.double(), *settings)
+        ours = liger.LigerFusedLinearCrossEntropyLoss(
+            weight, *settings[:4], return_z_loss=True, return_predicted_tokens=True
+        )
+        found = ours(head, hidden, target, bias)
+        torch.testing.assert_close(found.loss, loss.float(), rtol=1e-5, atol=0.0)
+        torch.testing.assert_close(found.z_loss, z_loss.float(), rtol=1e-5, atol=0.0)
+        best = logits.argmax(-1).masked_fill(target == 2, -1)
+        assert torch.equal(found.predicted_tokens, best)
+    e, c = hidden[None], torch.randn(33, 16)
+    _, lse = cce.linear_cross_entropy(e, c, target[None], return_lse=True)
+    torch.testing.assert_close(lse, (e.float() @ c.T).logsumexp(-1), rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = cce.linear_cross_entropy(e.float(), c, target[None])
+    assert_same_bits(low, cce.linear_cross_entropy(e, c.bfloat16(), target[None]))
+
+
+def test_liger_reaches_its_callers(monkeypatch):
+    """Forms that hold Liger's function call ours between `use` and `restore`."""
+    functional = types.ModuleType("liger_kernel.transformers.functional")
+    code = (
+        "class LigerCrossEntropyFunction:\n"
+        "    def apply(*_):\n"
+        "        raise RuntimeError('theirs')\n"
+        "class LigerFusedLinearCrossEntropyFunction(LigerCrossEntropyFunction):\n"
+        "    pass\n"
+        "def liger_cross_entropy(input, target):\n"
+        "    return LigerCrossEntropyFunction.apply(input, target, None)[0]\n"
+    )
+    exec(code, vars(functional))
+    monkeypatch.setitem(sys.modules, functional.__name__, functional)
+    logits, target = torch.randn(5, 33), torch.randint(33, (5,))
+    liger.use()
+    ours = functional.liger_cross_entropy(logits, target)
+    liger.restore()
+    torch.testing.assert_close(ours, F.cross_entropy(logits, target))
+    with pytest.raises(RuntimeError, match="theirs"):
+        functional.liger_cross_entropy(logits, target)
 
 
 def test_liger_results_are_of_their_types():
@@ -680,10 +742,12 @@ def test_liger_results_are_of_their_types():
     assert torch.equal(liger.LigerCrossEntropyLoss()(logits, target), exact.bfloat16())
     hidden, head = torch.randn(11, 16), torch.randn(33, 16)
     fused = liger.LigerFusedLinearCrossEntropyLoss(return_predicted_tokens=True)
+    bias, rounded = torch.randn(33), (head.bfloat16(), hidden.bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
-        low, _, _, best = fused(head, hidden, target)
-    assert_same_bits(low, fused(head, hidden.bfloat16(), target).loss)
-    assert torch.equal(best, (hidden.bfloat16().float() @ head.bfloat16().float().T).argmax(-1))
+        low, _, _, best = fused(head, hidden, target, bias)
+    assert_same_bits(low, fused(*rounded, target, bias.bfloat16()).loss)
+    logits = rounded[1].float() @ rounded[0].float().T + bias.bfloat16()
+    assert torch.equal(best, logits.argmax(-1))
     assert_same_bits(
         fused(head.bfloat16(), hidden, target).loss,
         fused(head.bfloat16().float(), hidden, target).loss,
@@ -701,7 +765,7 @@ def test_liger_results_are_of_their_types():
 
 def test_liger_refuses():
     fused = liger.LigerFusedLinearCrossEntropyLoss(accum_dtype=torch.bfloat16)
-    with pytest.raises(NotImplementedError, match="accum_dtype must be float32, got torch.bfl"):
+    with pytest.raises(NotImplementedError, match="accum_dtype must be None or float32, got t"):
         fused(torch.randn(33, 16), torch.randn(11, 16), torch.zeros(11).long())
 
 

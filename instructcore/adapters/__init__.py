@@ -10,6 +10,11 @@ import importlib.util
 import sys
 from collections.abc import Callable, Hashable
 
+import torch
+from torch import Tensor
+
+from instructcore.ops._common import autocast_dtype
+
 replaced: dict[Hashable, tuple[list[str], Callable[[], object]]] = {}  # lines, and what undoes it
 
 
@@ -69,6 +74,16 @@ def _swap(library: str, old: object, new: object) -> str:
     for module, name in places:
         setattr(module, name, new)
     return ", ".join(f"{module.__name__}.{name}" for module, name in places)
+
+
+def head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A head's arguments as our ops take them: under autocast all in its type, and elsewhere the
+    weight, unless it is float32, in that of `hidden`."""
+    if dtype := autocast_dtype(hidden):
+        return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return hidden, weight if weight.dtype == torch.float32 else weight.to(hidden.dtype), bias
 
 
 def refuse(function: str, **arguments: tuple[object, str]) -> None:

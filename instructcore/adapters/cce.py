@@ -5,12 +5,12 @@ import torch
 from instructcore.ops import linear_cross_entropy as fused
 from instructcore.ops.cross_entropy import reduction_index
 
-from . import refuse, replacing
+from . import head, refuse, replacing
 
 
 def chosen_logits(hidden, weight, bias, at):
     """The head's logit of token at[n] in row n, float32 (N,)."""
-    logits = (hidden.float() * weight[at].to(hidden.dtype)).sum(-1)
+    logits = (hidden.float() * weight[at]).sum(-1)
     return logits if bias is None else logits + bias[at]
 
 
@@ -35,6 +35,7 @@ def linear_cross_entropy(e, c, targets, bias=None, ignore_index=-100, softcap=No
         raise ValueError(f"linear_cross_entropy: shift must be {must}, got {shift}")
     hidden = e[..., : targets.shape[-1] - shift, :].flatten(0, -2) if shift else e.flatten(0, -2)
     targets = targets[..., int(shift) :]
+    hidden, c, bias = head(hidden, c, bias)
     flat, how = targets.flatten().long(), {"bias": bias, "ignore_index": ignore_index}
     how |= {"softcap": softcap or 0.0, "reduction": "none" if return_lse else reduction}
     loss = fused(hidden, c, flat, **how)

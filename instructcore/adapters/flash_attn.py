@@ -84,9 +84,9 @@ def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, rotary_cos=None
     held = torch.as_tensor(k_cache.shape[1] if cache_seqlens is None else cache_seqlens, **like)
     k, v = (None if x is None else x.flatten(0, 1) for x in (k, v))
     cos, sin = (None if x is None else x.float() for x in (rotary_cos, rotary_sin))
-    if cos is not None and rotary_interleaved:  # the rest of the head by angles of 0
-        rest = (0, max(0, q.shape[-1] // 2 - cos.shape[1]))
-        cos, sin = F.pad(cos, rest, value=1.0), F.pad(sin, rest)
+    rest = 0 if cos is None or sin is None else q.shape[-1] // 2 - cos.shape[1]
+    if rotary_interleaved and rest > 0:  # by angles of 0
+        cos, sin = F.pad(cos, (0, rest), value=1.0), F.pad(sin, (0, rest))
     cu_seqlens = torch.arange(0, batch * length + 1, length, **like)
     settings = _settings(q.shape[-1], causal, softmax_scale, window_size, softcap, alibi_slopes)
     settings |= dict(k_new=k, v_new=v, cos=cos, sin=sin, interleaved=rotary_interleaved)

@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import torch
 
-from instructcore.ops import cross_entropy, linear, linear_cross_entropy
-from instructcore.ops._common import autocast_dtype
+from instructcore.ops import cross_entropy, linear_cross_entropy
+from instructcore.ops._head import Head, LiveRows, workspace_bytes
 
-from . import refuse, replacing
+from . import head, refuse, replacing
 from .cce import capped, chosen_logits
 
 
@@ -29,9 +29,12 @@ def _outputs(losses, chosen, argmax, target, weight, ignore_index, lse_square_sc
     """From the losses of the rows, their logits at given tokens, and their argmax."""
     plain = {"ignore_index": ignore_index, "softcap": softcap or 0.0}
     settings = {**plain, "z_loss": lse_square_scale, "label_smoothing": label_smoothing}
-    valid, mean = target != ignore_index, reduction == "mean"
-    count, share = valid.sum().clamp(min=1), 1.0
-    z_loss = accuracy = best = None
+    mean, predicted = reduction == "mean", return_token_accuracy or return_predicted_tokens
+    apart = use_token_scaling or (mean and lse_square_scale and weight is not None)
+    if not (apart or return_z_loss or predicted):
+        return CrossEntropyOutput(losses(weight, reduction, **settings))
+    valid, share = target != ignore_index, 1.0
+    count, z_loss, accuracy, best = valid.sum().clamp(min=1), None, None, None
 
     def reduced(rows):
         rows = rows if reduction == "none" else rows.sum()
@@ -44,14 +47,16 @@ def _outputs(losses, chosen, argmax, target, weight, ignore_index, lse_square_sc
         if return_z_loss:
             lse = nats + capped(chosen(target.where(valid, 0)), softcap)
             z_loss = reduced(lse_square_scale * (share * lse**2).masked_fill(~valid, 0.0))
-        if return_token_accuracy or return_predicted_tokens:
+        if predicted:
             best = argmax().masked_fill(~valid, -1)
         if return_token_accuracy:
             right = (best == target.where(valid, -2)).float()
             accuracy = right if reduction == "none" else right.sum() / count
-    if use_token_scaling or (mean and lse_square_scale and weight is not None):
-        if mean and weight is not None:  # whose sum divides all but the z-loss
-            weight = weight * (count / weight[target[valid]].sum())
+    if apart and mean and weight is not None:  # its sum divides all but the z-loss
+        weight = weight.float()
+        total = weight[target.clamp(0, len(weight) - 1)].where(valid, 0.0).sum()
+        weight = weight * (count / total)
+    if apart:
         loss = reduced(share * losses(weight, "none", **settings))
     else:
         loss = losses(weight, reduction, **settings)
@@ -87,27 +92,29 @@ class LigerFusedLinearCrossEntropyFunction:
               return_z_loss=False, accum_dtype=None, use_token_scaling=False,
               return_token_accuracy=False, return_predicted_tokens=False):  # fmt: skip
         """hidden (N, C), weight (V, C), target (N,), bias (V,) -> CrossEntropyOutput, loss and
-        z_loss float32. The gradient of weight is summed in float32. z_loss, token scaling, and
-        accuracy or argmax each take one more pass of the head."""
+        z_loss float32. The gradient of weight is summed in float32. z_loss and token scaling share
+        one more pass of the head, accuracy and argmax another; with token scaling, or z-loss and
+        class weights in a mean, the backward forms the logits again."""
         low = None if accum_dtype == torch.float32 else accum_dtype
-        refuse("LigerFusedLinearCrossEntropyFunction", accum_dtype=(low, "float32"))
-        hidden, target = _input.to(autocast_dtype(_input) or _input.dtype), target.long()
-        weight = weight if weight.dtype == torch.float32 else weight.to(hidden.dtype)
+        refuse("LigerFusedLinearCrossEntropyFunction", accum_dtype=(low, "None or float32"))
+        (hidden, weight, bias), target = head(_input, weight, bias), target.long()
         return _outputs(
             lambda w, how, **more: linear_cross_entropy(
                 hidden, weight, target, bias=bias, class_weight=w, reduction=how, **more
             ),
             lambda at: chosen_logits(hidden, weight, bias, at),
-            lambda: torch.cat([_logits(x, weight, bias).argmax(-1) for x in hidden.split(256)]),
+            lambda: _argmax(hidden, weight, bias),
             *(target, ce_weight, ignore_index, lse_square_scale, label_smoothing, reduction),
             *(softcap, return_z_loss, return_token_accuracy, return_predicted_tokens),
             use_token_scaling,
         )
 
 
-def _logits(hidden, weight, bias):
-    weight, bias = (None if x is None else x.to(hidden.dtype) for x in (weight, bias))
-    return linear(hidden, weight, bias, out_dtype=torch.float32)
+def _argmax(hidden, weight, bias):
+    best, rows = hidden.new_empty(len(hidden), dtype=torch.int64), LiveRows(None, None)
+    for cut, logits, _ in Head(hidden, weight, bias, rows, workspace_bytes(hidden, None)).chunks():
+        best[cut] = logits.argmax(-1)
+    return best
 
 
 class LigerCrossEntropyLoss(torch.nn.Module):

@@ -7,9 +7,8 @@ Results are float32, as those of TRL's own fused kernel.
 import torch
 
 from instructcore.ops import TokenLogprobs, linear_token_logprobs, token_logprobs
-from instructcore.ops._common import autocast_dtype
 
-from . import refuse, replacing
+from . import head, refuse, replacing
 
 
 def rows(logits, index, temperature, row_mask, entropy) -> TokenLogprobs:
@@ -62,9 +61,7 @@ class ChunkedLogProbFunction:
         op = "ChunkedLogProbFunction"
         refuse(op, final_logit_softcapping=(final_logit_softcapping, "None"))
         refuse(op, logit_scale=(None if logit_scale > 0 else str(logit_scale), "above 0"))
-        hidden = hidden.to(autocast_dtype(hidden) or hidden.dtype)
-        if weight.dtype not in (hidden.dtype, torch.float32):
-            weight = weight.to(hidden.dtype)
+        hidden, weight, bias = head(hidden, weight, bias)
         how, scale = {"bias": bias, "entropy": "entropy" in outputs}, temperature / logit_scale
         arguments, squares, mean = (hidden, weight, targets.long()), None, None
         found = linear_token_logprobs(*arguments, temperature=scale, **how)

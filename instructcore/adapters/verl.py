@@ -4,7 +4,7 @@ import torch
 
 from instructcore.ops import gae, linear_token_logprobs, whiten_advantages
 
-from . import refuse, replacing
+from . import head, refuse, replacing
 from .trl import rows
 
 
@@ -20,7 +20,8 @@ def linear_cross_entropy(hidden, weight, labels, temperature=1.0, reduction="non
     op, reduced = "linear_cross_entropy", reduction if reduction.lower() != "none" else None
     refuse(op, reduction=(reduced, '"none"'))
     refuse(op, dist_process_group=(dist_process_group, "None, the vocabulary on one device"))
-    hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
+    hidden, weight, _ = head(hidden.reshape(-1, hidden.shape[-1]), weight, None)
+    labels = labels.reshape(-1).long()
     return linear_token_logprobs(hidden, weight, labels, temperature=temperature)[:2]
 
 
